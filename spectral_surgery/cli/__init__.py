@@ -1,0 +1,62 @@
+"""The command line: ``spectral-surgery COMMAND ...``.
+
+Exit status: 0 done, 1 failed midway, 2 bad input (nothing was done), 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+import tyro
+
+from spectral_surgery.cli import console
+from spectral_surgery.cli.commands import Command, Demo, Edit, Inspect, Measure, Restore
+from spectral_surgery.errors import SpectralSurgeryError
+
+COMMANDS = (Inspect, Demo, Measure, Edit, Restore)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns the exit status."""
+    try:
+        return _run(_parse(arguments))
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _run(command: Command) -> int:
+    console.prepare(command.debug)
+    try:
+        command.run()
+        sys.stdout.flush()
+    except SpectralSurgeryError as error:
+        return _failed(command, str(error), error.exit_status)
+    except KeyboardInterrupt:
+        return _failed(command, "Interrupted. Nothing half-written is left behind.", 130)
+    except BrokenPipeError:
+        raise
+    except Exception as error:
+        hint = "" if command.debug else " Run again with --debug for the traceback."
+        return _failed(command, f"{type(error).__name__}: {error}.{hint}", 1)
+    return 0
+
+
+def _parse(arguments: Sequence[str] | None) -> Command:
+    return tyro.extras.subcommand_cli_from_dict(
+        {command.__name__.lower(): command for command in COMMANDS},
+        args=arguments,
+        prog="spectral-surgery",
+        description="Refine a trained LoRA adapter without retraining it, and know whether that helped.",
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
+    )
+
+
+def _failed(command: Command, message: str, status: int) -> int:
+    if command.debug:
+        traceback.print_exc()
+    print(f"error: {message}", file=sys.stderr)
+    return status

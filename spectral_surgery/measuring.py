@@ -1,0 +1,347 @@
+"""Live model and batches in, Measurement out: the one expensive pass, made once.
+
+:func:`measure` is the whole of it, from an adapter or a loaded model. What can be known without the base model's
+weights (:func:`prepare`) is done first: adapter, modules, rows, tokens, and whether adapter and base fit.
+
+For every batch: one forward, one backward of the sum of per-example losses, and from it the derivative of each
+example's own loss by each gate (the gates are per example, so the sum mixes nothing). No weight gets a gradient.
+Everything is measured at the unedited point, where all gates are one.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from spectral_surgery.adapter import Adapter
+from spectral_surgery.calibration import (
+    Tokenized,
+    batches,
+    data_digest,
+    hash_order,
+    load_examples,
+    tokenize,
+)
+from spectral_surgery.errors import DataError, RunError
+from spectral_surgery.formats import DataOptions, Example
+from spectral_surgery.live import Live, NotPerExampleError, Probe
+from spectral_surgery.live.loading import base_name, check_fits, load, load_config, load_tokenizer
+from spectral_surgery.measurement import Measurement, ModuleMeasurement
+from spectral_surgery.objective import Loss, answer_loss
+from spectral_surgery.options import BatchOptions, ModelOptions
+from spectral_surgery.selection import Selection, select
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+else:
+    PeftModel = Any
+
+log = logging.getLogger(__name__)
+
+Progress = Callable[[int, int], None]
+"""(examples done, examples in all)."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything that a measurement needs except the base model's weights."""
+
+    adapter: Adapter
+    paths: list[str]
+    """Modules to measure."""
+    tokenizer: Any
+    examples: list[Example]
+    """In the order in which they are measured."""
+    tokenized: Tokenized
+    model: ModelOptions
+    about: dict[str, str]
+    """Hashes and names, for the record."""
+
+
+def prepare(
+    adapter: Adapter,
+    data: str | Path,
+    *,
+    selection: Selection | None = None,
+    data_options: DataOptions | None = None,
+    model: ModelOptions | None = None,
+) -> Prepared:
+    """Returns what a measurement needs, after every check that needs no base model weights.
+
+    Raises:
+        InputError: Whatever is wrong with selection, rows, tokenizer, or the fit of adapter and base model.
+    """
+    data_options, model = data_options or DataOptions(), model or ModelOptions()
+    paths = select(adapter.updates, selection or Selection())
+    config = load_config(adapter, model)
+    tokenizer = load_tokenizer(adapter, model)
+    found = load_examples(str(data), data_options, tokenizer, adapter.folder)
+    examples = hash_order(found, data_options.seed)[: data_options.examples]
+    tokenized = tokenize(examples, tokenizer, data_options.max_length)
+    check_fits(adapter, config)
+    about = {
+        "data": str(data),
+        "data_sha256": data_digest(examples),
+        "base_model": base_name(adapter, model),
+        "recorded_base_model": adapter.config.base_model or "",
+        "dtype": model.dtype,
+        "seed": str(data_options.seed),
+        "loss": "mean negative log-likelihood of the answer's tokens, nats per token",
+    }
+    return Prepared(adapter, paths, tokenizer, examples, tokenized, model, about)
+
+
+def measure(
+    target: Adapter | Live | PeftModel | str | Path,
+    data: str | Path | Iterable[Any],
+    *,
+    loss: Loss = answer_loss,
+    selection: Selection | None = None,
+    data_options: DataOptions | None = None,
+    model: ModelOptions | None = None,
+    batching: BatchOptions | None = None,
+    adapter_name: str = "default",
+    progress: Progress | None = None,
+) -> Measurement:
+    """Returns the per-example sensitivity of every selected component.
+
+    Either an adapter and rows, and the base model is loaded; or any loaded PEFT model and batches, with any
+    per-example loss, so that classifiers, speech, vision and diffusion models work as well.
+
+    Args:
+        target: An adapter, its folder or Hub id; or a PEFT model, or a :class:`Live`.
+        data: A file or Hub id of rows for an adapter; batches (mappings of tensors, examples first) for a model.
+        loss: ``loss(model, batch) -> (examples,)``, differentiable, one value an example.
+        selection: Modules and layers; by default ``auto``. A :class:`Live` has its own.
+        data_options: How rows are read. With an adapter only.
+        model: How the base model is loaded. With an adapter only.
+        batching: How examples are batched, and whether activations are recomputed.
+        adapter_name: The adapter's name in the model. With a model only.
+        progress: Called with (examples done, examples in all).
+
+    Raises:
+        InputError: Whatever is wrong with adapter, data, selection or base model.
+        RunError: If a loss is not finite.
+    """
+    if isinstance(target, str | Path):
+        target = Adapter.load(target)
+    if isinstance(target, Adapter):
+        prepared = prepare(target, _rows(data), selection=selection, data_options=data_options, model=model)
+        return measure_prepared(prepared, load_prepared(prepared), batching, loss=loss, progress=progress)
+    if isinstance(data, str | Path):
+        raise DataError(
+            "A loaded model is measured on batches, not on a file of rows. Pass the adapter's folder instead."
+        )
+    live = target if isinstance(target, Live) else _live(target, selection, adapter_name)
+    return measure_live(live, data, loss=loss, progress=progress)
+
+
+def load_prepared(prepared: Prepared) -> Live:
+    """Returns the base model with the adapter loaded, ready to be gated at the prepared modules."""
+    return load(
+        prepared.adapter,
+        prepared.model,
+        paths=prepared.paths,
+        tokenizer=prepared.tokenizer,
+        checked=True,
+    )
+
+
+def measure_prepared(
+    prepared: Prepared,
+    live: Live,
+    batching: BatchOptions | None = None,
+    *,
+    loss: Loss = answer_loss,
+    progress: Progress | None = None,
+) -> Measurement:
+    """Returns the sensitivities on the prepared examples; see :func:`measure`."""
+    batching = batching or BatchOptions()
+    size = None if batching.batch_size == "auto" else batching.batch_size
+    return measure_live(
+        live,
+        batches(prepared.tokenized, token_budget=batching.token_budget, batch_size=size),
+        loss=loss,
+        digests=[example.digest for example in prepared.examples],
+        checkpointing=prepared.model.gradient_checkpointing,
+        progress=progress,
+        about=prepared.about,
+    )
+
+
+def _rows(data: str | Path | Iterable[Any]) -> str | Path:
+    if isinstance(data, str | Path):
+        return data
+    raise DataError(
+        "An adapter is measured on a file or Hub id of rows. Pass a loaded PEFT model with batches instead."
+    )
+
+
+def _live(model: PeftModel, selection: Selection | None, adapter_name: str) -> Live:
+    adapter = Adapter.from_model(model, adapter_name)
+    paths = select(adapter.updates, selection or Selection())
+    return Live(model, adapter, adapter_name=adapter_name, paths=paths)
+
+
+def measure_live(
+    live: Live,
+    batches: Iterable[Any],
+    *,
+    loss: Loss = answer_loss,
+    digests: Sequence[str] | None = None,
+    checkpointing: bool = False,
+    progress: Progress | None = None,
+    about: Mapping[str, str] | None = None,
+) -> Measurement:
+    """Returns the per-example sensitivities of every gated module.
+
+    Args:
+        live: The loaded model.
+        batches: :class:`~spectral_surgery.calibration.Batch`, or mappings of tensors with the examples first.
+        loss: ``loss(model, batch) -> (examples,)``, differentiable; see
+            :func:`~spectral_surgery.objective.answer_loss`.
+        digests: Content hash of each example, in the data's order; by default their numbers.
+        checkpointing: Recompute activations in the backward pass.
+        progress: Called after each batch.
+        about: Recorded in the measurement.
+
+    Raises:
+        RunError: If a loss is not finite.
+        DataError: If there is no batch, or the loss does not give one value an example.
+    """
+    batches = list(batches)
+    total = sum(map(_size, batches))
+    if not total:
+        raise DataError("There are no examples to measure on. Pass at least one batch.")
+    order: list[int] = []
+    parts: list[_Part] = []
+    with live.still(checkpointing=checkpointing):
+        for batch in batches:
+            part = _measured(live, batch, loss)
+            order += _indices(batch, len(order))
+            parts.append(part)
+            if progress:
+                progress(len(order), total)
+    return _assembled(live, parts, np.argsort(order), digests, about or {})
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Results of some examples, on the CPU in float64; examples first, then components."""
+
+    losses: np.ndarray
+    gradients: dict[str, np.ndarray]
+    energies: dict[str, np.ndarray]
+
+    @classmethod
+    def of(cls, losses: Tensor, probe: Probe) -> _Part:
+        gradients = {path: _array(gate.grad) for path, gate in probe.gates.items()}
+        energies = {path: _array(energy) for path, energy in probe.energies.items()}
+        return cls(_array(losses), gradients, energies)
+
+    @classmethod
+    def joined(cls, parts: Sequence[_Part]) -> _Part:
+        return cls(
+            np.concatenate([part.losses for part in parts]),
+            {path: np.concatenate([part.gradients[path] for part in parts]) for path in parts[0].gradients},
+            {path: np.concatenate([part.energies[path] for part in parts]) for path in parts[0].energies},
+        )
+
+
+def _measured(live: Live, batch: Any, loss: Loss) -> _Part:
+    try:
+        return _one_pass(live, batch, loss)
+    except NotPerExampleError as error:
+        if _size(batch) == 1:
+            raise
+        log.warning("Measuring one example at a time: %s.", error)
+        return _Part.joined([_one_pass(live, single, loss) for single in _singles(batch)])
+
+
+def _one_pass(live: Live, batch: Any, loss: Loss) -> _Part:
+    batch = _to(batch, live.device)
+    size = _size(batch)
+    probe = Probe(size, _mask(batch))
+    with torch.enable_grad(), live.probing(probe):
+        losses = loss(live.model, batch)
+        if losses.shape != (size,):
+            raise DataError(
+                f"The loss returned shape {tuple(losses.shape)} for {size} examples, expected ({size},): "
+                f"one value an example, not a batch mean."
+            )
+        if not losses.isfinite().all():
+            raise RunError(
+                f"The loss of {int((~losses.isfinite()).sum())} of {size} examples is not finite. "
+                f"Measure with --dtype bfloat16 or float32, and check these rows."
+            )
+        losses.sum().backward()
+    return _Part.of(losses, probe)
+
+
+def _assembled(
+    live: Live,
+    parts: list[_Part],
+    order: np.ndarray,
+    digests: Sequence[str] | None,
+    about: Mapping[str, str],
+) -> Measurement:
+    whole = _Part.joined(parts)
+    modules = {}
+    for path in live.paths:
+        spectrum = live.spectra[path]
+        if path not in whole.gradients:
+            raise RunError(f"{path}: the module took no part in the loss, so it has no sensitivity. Leave it out.")
+        modules[path] = ModuleMeasurement(
+            S=spectrum.S.numpy(),
+            ties=spectrum.ties,
+            gate_gradient=whole.gradients[path][order],
+            output_energy=whole.energies[path][order],
+        )
+    about = {"adapter_sha256": live.adapter.digest, **about}
+    names = tuple(digests) if digests is not None else tuple(map(str, range(len(order))))
+    return Measurement(modules, names, whole.losses[order], about)
+
+
+def _size(batch: Any) -> int:
+    return len(_tensors(batch)[0])
+
+
+def _indices(batch: Any, done: int) -> list[int]:
+    return list(getattr(batch, "indices", range(done, done + _size(batch))))
+
+
+def _tensors(batch: Any) -> list[Tensor]:
+    values = batch.values() if isinstance(batch, Mapping) else vars(batch).values()
+    return [value for value in values if isinstance(value, Tensor)]
+
+
+def _to(batch: Any, device: torch.device) -> Any:
+    if isinstance(batch, Mapping):
+        return {key: v.to(device) if isinstance(v, Tensor) else v for key, v in batch.items()}
+    return batch.to(device)
+
+
+def _singles(batch: Any) -> list[Any]:
+    fields = dict(batch) if isinstance(batch, Mapping) else vars(batch)
+    rows = []
+    for i in range(_size(batch)):
+        row = {key: v[i : i + 1] if isinstance(v, Tensor) else v for key, v in fields.items()}
+        rows.append(row if isinstance(batch, Mapping) else replace(batch, **row))
+    return rows
+
+
+def _mask(batch: Any) -> Tensor | None:
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else getattr(batch, "attention_mask", None)
+    return mask if mask is not None and mask.ndim == 2 else None
+
+
+def _array(tensor: Tensor | None) -> np.ndarray:
+    assert tensor is not None
+    return tensor.detach().to("cpu", torch.float64).numpy()

@@ -1,0 +1,173 @@
+"""The spectrum of one low-rank update, and the edit of one of its factors.
+
+A trained LoRA module adds ``delta = scale B A`` to a frozen weight. Everything here is about its unscaled update
+``B A = U diag(S) Vh`` (Eq. 1 and 2 of Spectral Surgery, arXiv 2603.03995), which is never formed:
+
+- the thin SVD comes from a QR decomposition of each factor and an SVD of an r x r core, exact on *all* singular values
+  (a dense SVD in float32 loses the small ones);
+- an edit ``S_k -> alpha_k S_k`` is a projector on one factor, ``B' = B - U diag(1 - alpha) U^T B`` with ``A``
+  untouched (or its mirror on ``A``). Both give exactly ``U diag(alpha S) Vh``. Components whose gate is one take no
+  part, so an identity edit returns the stored tensor itself.
+
+Deviation from the paper and its code, which rebuild ``B' = U sqrt(S')`` and ``A' = sqrt(S') Vh``: that rounds both
+factors again, even where nothing was edited, and in bfloat16 changes what the model generates.
+
+All functions are pure, run on the CPU in float64, and know nothing of files or models.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """The update of one module as an adapter stores it: ``delta = scale B A`` in the orientation of nn.Linear."""
+
+    B: Float[Tensor, "out r"]
+    """Output factor, in the stored dtype."""
+    A: Float[Tensor, "r in"]
+    """Input factor."""
+    scale: float
+    """lora_alpha / r, or lora_alpha / sqrt(r) for rsLoRA."""
+    side: Literal["B", "A"] = "B"
+    """The factor that an edit changes; the other is left alone."""
+
+    @property
+    def stored(self) -> Tensor:
+        """The factor that an edit changes."""
+        return self.B if self.side == "B" else self.A
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """Thin SVD of an unscaled update: ``B A = U diag(S) Vh``, k = min(out, r, in) components."""
+
+    U: Float[Tensor, "out k"]
+    """Output directions, orthonormal columns."""
+    S: Float[Tensor, " k"]
+    """Singular values, descending."""
+    Vh: Float[Tensor, "k in"]
+    """Input directions, orthonormal rows (V transposed)."""
+    ties: Int[np.ndarray, " k"]
+    """Group of each component, see :func:`tied`."""
+
+
+def thin_svd(update: LowRank) -> Spectrum:
+    """Returns the thin SVD of ``B A`` without forming it (Eq. 1 and 2, arXiv 2603.03995).
+
+    The factors may have any floating dtype; the result is float64 on the CPU.
+    """
+    B, A = exact(update.B), exact(update.A)
+    Q_out, R_out = torch.linalg.qr(B)
+    Q_in, R_in = torch.linalg.qr(A.T)
+    U, S, Vh = torch.linalg.svd(R_out @ R_in.T, full_matrices=False)
+    U, Vh = Q_out @ U, Vh @ Q_in.T
+    noise = rounding_noise(B, A, U, Vh, torch.finfo(update.B.dtype).eps)
+    return Spectrum(U, S, Vh, tied(S.numpy(), noise))
+
+
+def edit_left(
+    B: Float[Tensor, "out r"], U: Float[Tensor, "out k"], gates: Float[np.ndarray, " k"]
+) -> Float[Tensor, "out r"]:
+    """Returns ``B - U diag(1 - gates) U^T B``: with the same A, the update becomes ``U diag(gates S) Vh``.
+
+    The result is float64; where every gate is one it is ``B`` itself, same object and dtype.
+    """
+    edited, removed = _edited(gates)
+    if not edited.any():
+        return B
+    U = U[:, edited]
+    return exact(B) - U @ (removed[:, None] * (U.T @ exact(B)))
+
+
+def edit_right(
+    A: Float[Tensor, "r in"], Vh: Float[Tensor, "k in"], gates: Float[np.ndarray, " k"]
+) -> Float[Tensor, "r in"]:
+    """Returns ``A - A Vh^T diag(1 - gates) Vh``, the mirror of :func:`edit_left` with the same B."""
+    return edit_left(A.T, Vh.T, gates).T if (gates != 1).any() else A
+
+
+def _edited(gates: Float[np.ndarray, " k"]) -> tuple[Tensor, Tensor]:
+    edited = torch.from_numpy(gates != 1)
+    return edited, torch.from_numpy(1 - np.asarray(gates, dtype=np.float64))[edited]
+
+
+def update_norm(B: Float[Tensor, "out r"], A: Float[Tensor, "r in"]) -> float:
+    """Returns the Frobenius norm of ``B A`` from the two r x r Gram matrices."""
+    B, A = exact(B), exact(A)
+    return math.sqrt(max(float(((B.T @ B) * (A @ A.T)).sum()), 0.0))
+
+
+def rounding_noise(
+    B: Float[Tensor, "out r"],
+    A: Float[Tensor, "r in"],
+    U: Float[Tensor, "out k"],
+    Vh: Float[Tensor, "k in"],
+    epsilon: float,
+) -> Float[np.ndarray, " k"]:
+    """Returns the standard deviation that storing B and A in a format gives each singular value.
+
+    First-order perturbation: rounding adds independent errors of variance ``(epsilon B_ij)^2 / 12`` and the same for
+    A, so ``S_k`` moves by ``u_k^T (dB A + B dA) v_k``. It is at least a few roundings of float32, the arithmetic in
+    which factors are made at best.
+
+    Args:
+        B: Output factor, float64.
+        A: Input factor, float64.
+        U: Output directions of ``B A``.
+        Vh: Input directions.
+        epsilon: Spacing of the stored format at one (``torch.finfo(dtype).eps``).
+    """
+    from_B = (U**2).T @ B**2 * (Vh @ A.T) ** 2
+    from_A = (U.T @ B) ** 2 * (Vh**2 @ (A**2).T)
+    stored = epsilon * torch.sqrt((from_B + from_A).sum(1) / 12)
+    S = torch.sqrt(((U.T @ B @ A) ** 2).sum(1))
+    return torch.maximum(stored, 8 * torch.finfo(torch.float32).eps * S).numpy()
+
+
+def tied(S: Float[np.ndarray, " k"], noise: Float[np.ndarray, " k"]) -> Int[np.ndarray, " k"]:
+    """Returns a group number per component; components in one group cannot be told apart as stored.
+
+    Where singular values agree within rounding, their directions are an arbitrary basis of a common subspace, and only
+    an edit with one gate for all of them is well defined. A group of m starts at its largest value and grows while its
+    spread is at most ``2 sqrt(2 m)`` times the noise, the width to which a symmetric random perturbation spreads m
+    equal values (Wigner's semicircle). A value of exactly zero never joins a positive one.
+
+    Args:
+        S: Singular values, descending.
+        noise: Their standard deviation from storage, see :func:`rounding_noise`.
+    """
+    groups = np.zeros(len(S), dtype=np.int64)
+    first = 0
+    for k in range(1, len(S)):
+        width = 2 * math.sqrt(2 * (k - first + 1)) * noise[first]
+        if S[first] - S[k] > width or (S[k] == 0) != (S[first] == 0):
+            first = k
+        groups[k] = groups[k - 1] + (first == k)
+    return groups
+
+
+def effective_rank(S: Float[np.ndarray, " k"]) -> float:
+    """Returns ``exp(entropy(S / sum S))`` (Roy and Vetterli, 2007), in [1, k]; 0 for a zero update."""
+    if not S.any():
+        return 0.0
+    p = S[S > 0] / S.sum()
+    return float(np.exp(-(p * np.log(p)).sum()))
+
+
+def stable_rank(S: Float[np.ndarray, " k"]) -> float:
+    """Returns ``sum S^2 / max S^2``, in [1, k]; 0 for a zero update."""
+    return float((S**2).sum() / S.max() ** 2) if S.any() else 0.0
+
+
+def exact(tensor: Tensor) -> Tensor:
+    """Returns the tensor in float64 on the CPU."""
+    return tensor.detach().to("cpu", torch.float64)
