@@ -14,13 +14,14 @@ As in the paper's code the clamp comes first, so rescaling may take a value belo
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from jaxtyping import Float
 
-from spectral_surgery.errors import PolicyError
+from spectral_surgery.errors import PolicyError, combine
 from spectral_surgery.measurement import ModuleMeasurement
 
 Energy = Literal["nuclear", "frobenius", "functional", "none"]
@@ -28,7 +29,11 @@ Energy = Literal["nuclear", "frobenius", "functional", "none"]
 
 @dataclass(frozen=True)
 class Constraint:
-    """Clamp, energy and size limit, applied per module after a policy."""
+    """Clamp, energy and size limit, applied per module after a policy.
+
+    Raises:
+        PolicyError: If the energy is unknown or a limit is negative.
+    """
 
     energy: Energy = "nuclear"
     """Which energy an edit keeps."""
@@ -36,6 +41,17 @@ class Constraint:
     """Edited singular values are at least this (units of S), before the energy is restored."""
     max_edit_size: float | None = None
     """Largest relative edit ``||S' - S|| / ||S||`` of a module; a larger one is shortened along its own direction."""
+
+    def __post_init__(self) -> None:
+        combine(list(self._faults()), PolicyError)
+
+    def _faults(self) -> Iterator[str]:
+        if self.energy not in get_args(Energy):
+            yield f"Unknown energy {self.energy!r}. Choose one of: {', '.join(get_args(Energy))}."
+        for name in ("floor", "max_edit_size"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < np.inf:
+                yield f"{name} is {value}, expected a finite number of at least 0."
 
 
 def constrain(

@@ -27,6 +27,7 @@ from spectral_surgery.calibration import (
     data_digest,
     hash_order,
     load_examples,
+    split_examples,
     tokenize,
 )
 from spectral_surgery.errors import DataError, RunError
@@ -83,7 +84,8 @@ def prepare(
     config = load_config(adapter, model)
     tokenizer = load_tokenizer(adapter, model)
     found = load_examples(str(data), data_options, tokenizer, adapter.folder)
-    examples = hash_order(found, data_options.seed)[: data_options.examples]
+    count = min(data_options.examples, len(hash_order(found, data_options.seed)))
+    examples = split_examples(found, (count, 0, 0), data_options.seed).calibration
     tokenized = tokenize(examples, tokenizer, data_options.max_length)
     check_fits(adapter, config)
     about = {

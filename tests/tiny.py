@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import functools
+import json
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 VOCABULARY = 61
@@ -90,3 +100,41 @@ def loss(model: Any, rows: dict[str, torch.Tensor]) -> torch.Tensor:
     mask = labels != -100
     chosen = logits.log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
     return -(chosen * mask).sum(1) / mask.sum(1)
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A character-level tokenizer with beginning, end and padding tokens, within the tiny vocabulary."""
+    words = ["<pad>", "<s>", "</s>", "<unk>", *"abcdefghijklmnopqrstuvwxyz0123456789 .,:?!#\n"]
+    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    inner.decoder = decoders.Fuse()
+    inner.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+def rows(count: int = 12) -> list[dict[str, str]]:
+    """Distinct prompts and answers that the tokenizer knows."""
+    return [{"prompt": f"double {i}:", "answer": str(2 * i)} for i in range(count)]
+
+
+@dataclass(frozen=True)
+class World:
+    """A base model, an adapter and rows on disk."""
+
+    base: Path
+    adapter: Path
+    data: Path
+
+
+def world(folder: Path, **changes: Any) -> World:
+    """Saves a tiny base model with its tokenizer, an adapter that records it, and rows."""
+    there = World(folder / "base", folder / "adapter", folder / "rows.jsonl")
+    base = llama()
+    base.save_pretrained(there.base)
+    tokenizer().save_pretrained(there.base)
+    base.config.name_or_path = base.name_or_path = str(there.base)
+    lora(base, **changes).save_pretrained(there.adapter)
+    there.data.write_text("".join(json.dumps(row) + "\n" for row in rows()), encoding="utf-8")
+    return there

@@ -132,9 +132,11 @@ class AdapterConfig:
         return lora_alpha / (math.sqrt(rank) if self.raw.get("use_rslora") else rank)
 
     def _patterned(self, field: str, path: str, default: Any) -> Any:
+        pattern = self.raw.get(field)
+        if not pattern:
+            return default
         from peft.utils.other import get_pattern_key
 
-        pattern = self.raw.get(field) or {}
         return pattern.get(get_pattern_key(pattern.keys(), path), default)
 
 

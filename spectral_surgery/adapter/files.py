@@ -135,7 +135,8 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
         ) from error
     if not isinstance(loaded, dict) or not all(isinstance(value, Tensor) for value in loaded.values()):
         raise AdapterError(f"{path} does not hold a dictionary of tensors. Save it as safetensors.")
-    return {name: tensor.contiguous() for name, tensor in loaded.items()}
+    # Tied weights share memory in a .bin, which safetensors does not write.
+    return {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in loaded.items()}
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:

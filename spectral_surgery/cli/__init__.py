@@ -22,7 +22,7 @@ COMMANDS = (Inspect, Demo, Measure, Edit, Restore)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns the exit status."""
     try:
-        return _run(_parse(arguments))
+        return _run(parse(arguments))
     except BrokenPipeError:  # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -45,7 +45,8 @@ def _run(command: Command) -> int:
     return 0
 
 
-def _parse(arguments: Sequence[str] | None) -> Command:
+def parse(arguments: Sequence[str] | None) -> Command:
+    """Returns the command that the arguments spell; ends the program on ``--help`` and on a misspelling."""
     return tyro.extras.subcommand_cli_from_dict(
         {command.__name__.lower(): command for command in COMMANDS},
         args=arguments,

@@ -22,6 +22,7 @@ from spectral_surgery.errors import InputError, combine
 from spectral_surgery.formats import DataOptions
 from spectral_surgery.options import BatchOptions, ModelOptions
 from spectral_surgery.selection import Selection
+from spectral_surgery.tables import table
 
 if TYPE_CHECKING:
     from spectral_surgery.adapter import Adapter
@@ -125,7 +126,7 @@ class Inspect(Command):
                 ]
                 for row in rows
             ]
-            print(console.table(header, cells), end="\n\n")
+            print(table(header, cells), end="\n\n")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -316,7 +317,7 @@ def together(*checks: Callable[[], Any]) -> list[Any]:
             results.append(check())
         except InputError as error:
             faults.append(str(error))
-    combine(faults)
+    combine(list(dict.fromkeys(faults)))
     return results
 
 

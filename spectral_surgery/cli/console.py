@@ -1,4 +1,4 @@
-"""What a person sees: notes, progress and tables; a bar on a terminal, plain lines elsewhere."""
+"""What a person sees while something runs: notes and progress; a bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 
@@ -63,18 +63,3 @@ def progress(what: str, unit: str = "examples") -> Iterator[Callable[[int, int],
             print(f"{what}: {done} of {total} {unit}", file=sys.stderr)
 
     yield line
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
-    """Returns an aligned table; the first ``left`` columns are text, the others flush right."""
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    rule = ["-" * width for width in widths]
-
-    def line(cells: Sequence[str]) -> str:
-        aligned = [
-            cell.ljust(width) if i < left else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
-        ]
-        return "  ".join(aligned).rstrip()
-
-    return "\n".join(line(row) for row in [header, rule, *rows])

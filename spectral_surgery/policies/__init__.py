@@ -11,6 +11,7 @@ from spectral_surgery.policies.registry import (
     help_text,
     markdown_table,
     parse,
+    register,
     row,
     spell,
 )
@@ -46,6 +47,7 @@ __all__ = [
     "help_text",
     "markdown_table",
     "parse",
+    "register",
     "row",
     "spell",
 ]

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from spectral_surgery.constraints import constrain, edit_size, with_edit_size
 from spectral_surgery.errors import PolicyError
 from spectral_surgery.measurement import ModuleMeasurement
-from spectral_surgery.policies.registry import POLICIES, default_constraint, parse, register
+from spectral_surgery.policies.registry import POLICIES, check_ranges, default_constraint, parse, register
 
 Vector = Float[np.ndarray, " r"]
 
@@ -41,7 +41,7 @@ class Scale:
     """Multiplier of every singular value; 0 is the base model, 1 the unedited adapter."""
 
     def __post_init__(self) -> None:
-        _check_range("Scale: strength", self.strength)
+        check_ranges(self)
 
     def gate(self, module: ModuleMeasurement, rng: np.random.Generator) -> Vector:
         """Returns the strength for every component."""
@@ -58,8 +58,7 @@ class _Reshape:
     """Share of the new spectrum; the rest is the old one."""
 
     def __post_init__(self) -> None:
-        _check_range(f"{type(self).__name__}: strength", self.strength)
-        _check_range(f"{type(self).__name__}: mix", self.mix, 1)
+        check_ranges(self)
 
     def gate(self, module: ModuleMeasurement, rng: np.random.Generator) -> Vector:
         """Returns ``strength ((1 - mix) + mix S_new / S)``."""
@@ -126,10 +125,4 @@ class Random:
         policy = parse(self.like)
         alpha = policy.gate(module, rng)
         alpha = constrain(module.share(alpha), module, default_constraint(policy))
-        return with_edit_size(module.S, rng.permutation(alpha), edit_size(module.S, alpha))
-
-
-def _check_range(what: str, value: float, high: float = np.inf) -> None:
-    if not 0 <= value <= high:
-        upper = "" if high == np.inf else f" and at most {high}"
-        raise PolicyError(f"{what} is {value}, expected at least 0{upper}.")
+        return with_edit_size(module.S, module.share(rng.permutation(alpha)), edit_size(module.S, alpha))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, Protocol, TypeVar, get_args, get_type_hints, runtime_checkable
 
@@ -56,6 +57,15 @@ class Row:
         return _spelled_fields(self.policy())
 
 
+RANGES: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(("core_fraction", "noise_fraction", "center_quantile", "mix"), (0, 1)),
+    **dict.fromkeys(("amplify", "suppress", "middle", "strength", "min_core", "fallback"), (0, math.inf)),
+    **dict.fromkeys(("eta", "eta_suppress", "eta_enhance", "positive_power"), (0, math.inf)),
+    **dict.fromkeys(("fast_steps", "stable_steps"), (0, math.inf)),
+    **dict.fromkeys(("temperature", "tau"), (1e-9, math.inf)),
+}
+"""Least and greatest value of every hyperparameter that has limits; a name means the same in every policy."""
+
 POLICIES: dict[str, Row] = {}
 """Every policy, in the order of the documentation."""
 
@@ -72,9 +82,36 @@ def register(name: str, *, source: str, needs: Literal["nothing", "sensitivity"]
     return add
 
 
+def check_ranges(policy: Any) -> None:
+    """Checks every hyperparameter of a policy against :data:`RANGES`.
+
+    Raises:
+        PolicyError: If one is out of range or not finite; all faults together.
+    """
+    faults = []
+    for field in dataclasses.fields(policy):
+        value = getattr(policy, field.name)
+        low, high = RANGES.get(field.name, (-math.inf, math.inf))
+        if isinstance(value, int | float) and not (math.isfinite(value) and low <= value <= high):
+            lower = "" if math.isinf(low) else f" of at least {low}"
+            upper = "" if math.isinf(high) else f" and at most {high}"
+            faults.append(f"{type(policy).__name__}: {field.name} is {value}, expected a finite number{lower}{upper}.")
+    combine(faults, PolicyError)
+
+
 def row(policy: Policy) -> Row:
-    """Returns the registry row of a policy object."""
-    return next(entry for entry in POLICIES.values() if type(policy) is entry.policy)
+    """Returns the registry row of a policy object.
+
+    Raises:
+        PolicyError: If its class was not registered.
+    """
+    for entry in POLICIES.values():
+        if type(policy) is entry.policy:
+            return entry
+    raise PolicyError(
+        f"{type(policy).__name__} is no registered policy. Decorate its class with "
+        f"spectral_surgery.policies.register, or choose one of: {', '.join(POLICIES)}."
+    )
 
 
 def default_constraint(policy: Policy) -> Constraint:
@@ -133,7 +170,8 @@ def generator(seed: int, path: str) -> np.random.Generator:
 def parse(text: str) -> Policy:
     """Returns the policy spelled as ``name`` or ``name:field=value,field=value``.
 
-    Hyphens and underscores are the same. Booleans are true or false.
+    Hyphens and underscores are the same. Booleans are true or false. A field that holds text, as ``like`` of random
+    holds another policy, takes everything that follows.
 
     Raises:
         PolicyError: If the name or a field is unknown, or a value has the wrong type or range.
@@ -145,7 +183,7 @@ def parse(text: str) -> Policy:
     types = get_type_hints(entry.policy)
     values: dict[str, Any] = {}
     faults = []
-    for assignment in filter(None, (part.strip() for part in assignments.split(","))):
+    for assignment in _split(assignments, types):
         field, separator, value = assignment.partition("=")
         field = field.strip().replace("-", "_")
         if not separator or field not in types:
@@ -191,6 +229,16 @@ def markdown_table() -> str:
         for entry in POLICIES.values()
     ]
     return "\n".join(lines)
+
+
+def _split(assignments: str, types: Mapping[str, Any]) -> list[str]:
+    found: list[str] = []
+    for part in filter(None, (part.strip() for part in assignments.split(","))):
+        if found and types.get(found[-1].partition("=")[0].strip()) is str:
+            found[-1] += f",{part}"
+        else:
+            found.append(part)
+    return found
 
 
 def _convert(value: str, kind: Any) -> Any:

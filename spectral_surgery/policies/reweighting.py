@@ -18,9 +18,8 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float
 
-from spectral_surgery.errors import PolicyError, combine
 from spectral_surgery.measurement import ModuleMeasurement
-from spectral_surgery.policies.registry import register
+from spectral_surgery.policies.registry import check_ranges, register
 
 Aggregate = Literal["mean_abs", "abs_mean"]
 Vector = Float[np.ndarray, " r"]
@@ -53,7 +52,7 @@ class AbsSelect:
     """Over examples: mean of |g| (paper) or |mean of g| (authors' code)."""
 
     def __post_init__(self) -> None:
-        _check_levels(self)
+        check_ranges(self)
 
     def gate(self, module: ModuleMeasurement, rng: np.random.Generator) -> Vector:
         """Returns one of three levels for each component."""
@@ -93,7 +92,7 @@ class SmoothAbs:
     """Over examples: mean of |g| (paper) or |mean of g| (authors' code)."""
 
     def __post_init__(self) -> None:
-        _check_levels(self)
+        check_ranges(self)
 
     def gate(self, module: ModuleMeasurement, rng: np.random.Generator) -> Vector:
         """Returns gates between ``suppress`` and ``amplify``."""
@@ -136,13 +135,7 @@ class GradDirection:
     """Divide the gradient by its mean magnitude over components, by its 2-norm, or by nothing."""
 
     def __post_init__(self) -> None:
-        _check(
-            self,
-            eta_suppress=(0, None),
-            eta_enhance=(0, None),
-            eta=(0, None),
-            positive_power=(0, None),
-        )
+        check_ranges(self)
 
     def gate(self, module: ModuleMeasurement, rng: np.random.Generator) -> Vector:
         """Returns positive gates: below one where the mean gradient is positive."""
@@ -179,7 +172,7 @@ class RandomIndex:
     """Gate of the others."""
 
     def __post_init__(self) -> None:
-        _check_levels(self)
+        check_ranges(self)
 
     def gate(self, module: ModuleMeasurement, rng: np.random.Generator) -> Vector:
         """Returns the three levels on a random order."""
@@ -212,7 +205,7 @@ class DoubleSmooth:
     """Over examples: mean of |g| (paper) or |mean of g| (authors' code)."""
 
     def __post_init__(self) -> None:
-        _check_levels(self)
+        check_ranges(self)
 
     def gate(self, module: ModuleMeasurement, rng: np.random.Generator) -> Vector:
         """Returns gates between ``suppress`` and ``amplify``."""
@@ -255,7 +248,7 @@ class ZScore:
     """Over examples: mean of |g| (paper) or |mean of g| (authors' code)."""
 
     def __post_init__(self) -> None:
-        _check(self, amplify=(0, None), suppress=(0, None), middle=(0, None), tau=(1e-9, None))
+        check_ranges(self)
 
     def gate(self, module: ModuleMeasurement, rng: np.random.Generator) -> Vector:
         """Returns gates between ``suppress`` and ``amplify``."""
@@ -317,22 +310,3 @@ def _flat(x: Vector) -> bool:
 def _positive(tau: float, x: Vector) -> float:
     """Returns tau, or a width that makes a hard step where the quantiles of a non-constant x coincide."""
     return max(float(tau), 1e-8 * float(x.max()))
-
-
-def _check_levels(policy: AbsSelect | SmoothAbs | RandomIndex | DoubleSmooth) -> None:
-    ranges: dict[str, tuple[float, float | None]] = {
-        **dict.fromkeys(("core_fraction", "noise_fraction", "center_quantile"), (0, 1)),
-        **dict.fromkeys(("amplify", "suppress", "middle", "min_core"), (0, None)),
-        "temperature": (1e-9, None),
-    }
-    _check(policy, **{name: limits for name, limits in ranges.items() if hasattr(policy, name)})
-
-
-def _check(policy: object, **limits: tuple[float, float | None]) -> None:
-    faults = [
-        f"{type(policy).__name__}: {name} is {getattr(policy, name)}, expected at least {low}"
-        + ("." if high is None else f" and at most {high}.")
-        for name, (low, high) in limits.items()
-        if not low <= getattr(policy, name) <= (np.inf if high is None else high)
-    ]
-    combine(faults, PolicyError)

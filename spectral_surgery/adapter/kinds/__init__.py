@@ -13,7 +13,7 @@ from torch import Tensor
 
 from spectral_surgery.adapter.config import AdapterConfig
 from spectral_surgery.adapter.kinds import linear
-from spectral_surgery.adapter.kinds.linear import Stored
+from spectral_surgery.adapter.kinds.linear import DTYPES, Stored
 from spectral_surgery.errors import AdapterError
 
 KINDS = (linear,)
@@ -25,7 +25,8 @@ def read(config: AdapterConfig, tensors: Mapping[str, Tensor]) -> dict[str, Stor
     """Returns every module's update and the tensors that hold it, in the file's order.
 
     Raises:
-        AdapterError: If a LoRA tensor belongs to no known kind, or a kind finds its tensors inconsistent.
+        AdapterError: If a LoRA tensor belongs to no known kind, a kind finds its tensors inconsistent, or any tensor
+            is not finite.
     """
     modules: dict[str, Stored] = {}
     for kind in KINDS:
@@ -41,5 +42,9 @@ def read(config: AdapterConfig, tensors: Mapping[str, Tensor]) -> dict[str, Stor
         raise AdapterError(
             f"The adapter has {len(tensors)} tensors and none is a LoRA factor. Expected names such as "
             f"base_model.model.model.layers.0.self_attn.o_proj.lora_A.weight."
+        )
+    if bad := [name for name, tensor in tensors.items() if tensor.dtype in DTYPES and not tensor.isfinite().all()]:
+        raise AdapterError(
+            f"{bad[0]} has values that are not finite. The training diverged; go back to an earlier checkpoint."
         )
     return modules

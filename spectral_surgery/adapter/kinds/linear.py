@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from spectral_surgery.adapter.config import AdapterConfig
@@ -18,6 +19,9 @@ from spectral_surgery.spectrum import LowRank
 
 PREFIX = "base_model.model."
 FACTOR = re.compile(r"(?P<path>.+)\.lora_(?P<side>[AB])(?:\.(?P<adapter>[^.]+))?\.(?P<what>weight|bias)")
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""What a factor may be stored in."""
 
 
 @dataclass(frozen=True)
@@ -86,8 +90,8 @@ def _faults(path: str, names: dict[str, str], config: AdapterConfig, tensors: Ma
             f"Add it to rank_pattern, or save the adapter again."
         )
     for side, factor in (("A", A), ("B", B)):
-        if not factor.is_floating_point():
-            yield f"{path}: lora_{side} has dtype {factor.dtype}, expected a floating dtype."
+        if factor.dtype not in DTYPES:
+            yield f"{path}: lora_{side} has dtype {factor.dtype}, expected one of {', '.join(map(str, DTYPES))}."
         elif not factor.isfinite().all():
             bad = int((~factor.isfinite()).sum())
             yield (
