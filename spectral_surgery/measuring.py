@@ -10,6 +10,7 @@ Everything is measured at the unedited point, where all gates are one.
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -34,6 +35,7 @@ from spectral_surgery.errors import DataError, RunError
 from spectral_surgery.formats import DataOptions, Example
 from spectral_surgery.live import Live, NotPerExampleError, Probe
 from spectral_surgery.live.loading import base_name, check_fits, load, load_config, load_tokenizer
+from spectral_surgery.manifest import run_record
 from spectral_surgery.measurement import Measurement, ModuleMeasurement
 from spectral_surgery.objective import Loss, answer_loss
 from spectral_surgery.options import BatchOptions, ModelOptions
@@ -87,7 +89,7 @@ def prepare(
     count = min(data_options.examples, len(hash_order(found, data_options.seed)))
     examples = split_examples(found, (count, 0, 0), data_options.seed).calibration
     tokenized = tokenize(examples, tokenizer, data_options.max_length)
-    check_fits(adapter, config)
+    check_fits(adapter, config, trust_remote_code=model.trust_remote_code)
     about = {
         "data": str(data),
         "data_sha256": data_digest(examples),
@@ -96,6 +98,7 @@ def prepare(
         "dtype": model.dtype,
         "seed": str(data_options.seed),
         "loss": "mean negative log-likelihood of the answer's tokens, nats per token",
+        "run": json.dumps(run_record()),
     }
     return Prepared(adapter, paths, tokenizer, examples, tokenized, model, about)
 

@@ -149,6 +149,7 @@ def train(model: Model, ids: torch.Tensor, labels: torch.Tensor, seed: int, **ar
             adam_beta2=0.98,
             seed=seed,
             use_cpu=True,
+            use_cache=True,
             remove_unused_columns=False,
             dataloader_pin_memory=False,
             save_strategy="no",

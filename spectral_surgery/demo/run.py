@@ -31,6 +31,7 @@ from spectral_surgery.measuring import Prepared, load_prepared, measure_prepared
 from spectral_surgery.objective import greedy_answers
 from spectral_surgery.options import ModelOptions
 from spectral_surgery.selection import Selection
+from spectral_surgery.statistics import paired_proportions
 from spectral_surgery.tables import table
 
 CONTROLS = (
@@ -86,7 +87,7 @@ def run(output: Path, *, overwrite: bool, progress: Callable[[int, int], None]) 
     measuring = time.perf_counter()
     trials = _trials(live, measured, progress)
     tried = time.perf_counter()
-    chosen = _choice(trials)
+    chosen = _choice(trials[2:], trials[1]) or trials[2]
     _write(chosen, prepared, measured, output, overwrite)
     times = (loaded - start, measuring - loaded, tried - measuring)
     return "\n\n".join(
@@ -141,12 +142,11 @@ def _exact(live: Live, rows: list[Row]) -> np.ndarray:
     return np.array([answer == row["answer"] for answer, row in zip(answers, rows, strict=True)], dtype=float)
 
 
-def _choice(trials: list[Trial]) -> Trial:
-    """Returns the edit with the best skills among those that keep the task, on validation rows."""
-    unedited = trials[1]
+def _choice(candidates: list[Trial], unedited: Trial) -> Trial | None:
+    """Returns the one with the best skills among those that keep the task, on validation rows."""
     floor = unedited.validation.task.mean() - MAY_LOSE
-    safe = [trial for trial in trials[2:] if trial.validation.task.mean() >= floor]
-    return max(safe, key=lambda trial: trial.validation.skills.mean(), default=trials[2])
+    safe = [trial for trial in candidates if trial.validation.task.mean() >= floor]
+    return max(safe, key=lambda trial: trial.validation.skills.mean(), default=None)
 
 
 def _write(chosen: Trial, prepared: Prepared, measured: Measurement, output: Path, overwrite: bool) -> None:
@@ -178,7 +178,7 @@ def _learnt(trials: list[Trial], chosen: Trial, output: Path) -> str:
     task = _difference(chosen.test.task, unedited.test.task)
     skills = _difference(chosen.test.skills, unedited.test.skills)
     strengths = [trial for trial in trials if trial.name.startswith("scale")]
-    strength = _choice([*trials[:2], *strengths])
+    strength = _choice(strengths, unedited)
     paper = max((trial for trial in trials if trial.name in PAPER), key=lambda trial: trial.test.skills.mean())
     gained = 100 * (unedited.test.task.mean() - base.test.task.mean())
     lost = 100 * (base.test.skills.mean() - unedited.test.skills.mean())
@@ -186,8 +186,9 @@ def _learnt(trials: list[Trial], chosen: Trial, output: Path) -> str:
         [
             f"The adapter gained {gained:.1f} points on its task and lost {lost:.1f} points of the other skills.",
             f"Chosen on validation rows (most other skills, task not more than {100 * MAY_LOSE:.0f} points lower): "
-            f"{chosen.name}. On test rows: task {task}, other skills {skills} against the unedited adapter.",
-            f"The best plain strength by the same rule is {strength.name}: {_compared(chosen, strength)}",
+            f"{chosen.name}. On test rows: task {task}, other skills {skills} points against the unedited "
+            f"adapter (95 % intervals).",
+            _compared(chosen, strength),
             f"Of the paper's four policies {paper.name} keeps most other skills, "
             f"{100 * paper.test.skills.mean():.1f}, with the task at {100 * paper.test.task.mean():.1f}.",
             f"Wrote {output}.",
@@ -195,18 +196,21 @@ def _learnt(trials: list[Trial], chosen: Trial, output: Path) -> str:
     )
 
 
-def _compared(chosen: Trial, strength: Trial) -> str:
+def _compared(chosen: Trial, strength: Trial | None) -> str:
+    if strength is None:
+        return "No plain strength tried keeps the task by the same rule."
+    best = f"The best plain strength by the same rule is {strength.name}"
     if chosen is strength:
-        return "it is what was chosen, so nothing here beats simply weakening the adapter."
+        return f"{best}, the one chosen: nothing here beats simply weakening the adapter."
     task = _difference(chosen.test.task, strength.test.task)
     skills = _difference(chosen.test.skills, strength.test.skills)
-    return f"against it {chosen.name} has task {task}, other skills {skills}."
+    return f"{best}; against it {chosen.name} has task {task}, other skills {skills}."
 
 
 def _difference(ours: np.ndarray, theirs: np.ndarray) -> str:
-    """Returns the paired difference of two score vectors in points, with its standard error."""
-    difference = 100 * (ours - theirs)
-    return f"{difference.mean():+.1f} ± {difference.std(ddof=1) / np.sqrt(len(difference)):.1f}"
+    """Returns the paired difference in points with its 95 % score interval."""
+    found = paired_proportions(int((ours > theirs).sum()), int((ours < theirs).sum()), len(ours))
+    return f"{100 * found.estimate:+.1f} [{100 * found.low:+.1f}, {100 * found.high:+.1f}]"
 
 
 def _times(times: tuple[float, float, float], trials: list[Trial]) -> str:

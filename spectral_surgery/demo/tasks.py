@@ -23,7 +23,7 @@ from spectral_surgery.errors import DataError
 Part = Literal["base", "held_out"]
 
 COMPARE = "compare"
-COMPARE_ANSWERS = ("less", "greater")
+COMPARE_ANSWERS = ("less", "equal", "greater")
 MODULI = (2, 4, 5, 10, 20, 25, 50, 100)
 COUNTED_LETTERS = "abcde"
 # A draw fails when its prompt is of the other part, excluded or already drawn; so many failures in
@@ -108,8 +108,9 @@ def _modulo(rng: random.Random) -> tuple[str, str]:
 
 
 def _compare(rng: random.Random) -> tuple[str, str]:
-    first, second = _two_distinct_numbers(rng, 1000)
-    return f"{first} {second}", COMPARE_ANSWERS[first > second]
+    first, second = _two_numbers(rng, 1000)
+    answer = "less" if first < second else "greater" if first > second else "equal"
+    return f"{first} {second}", answer
 
 
 _DRAW: dict[str, Callable[[random.Random], tuple[str, str]]] = {
@@ -218,13 +219,12 @@ def corrupt(clean: Sequence[Row], share: float, seed: int) -> list[Row]:
         raise DataError(f"the share of wrong labels is {share}, expected a number from 0 to 1.")
     if other := {row["task"] for row in clean} - {COMPARE}:
         raise DataError(f"only {COMPARE} rows can be given wrong labels, found {', '.join(sorted(other))}.")
-    spoilt = set(random.Random(f"corrupt {seed}").sample(range(len(clean)), round(share * len(clean))))
-    swapped = dict(zip(COMPARE_ANSWERS, reversed(COMPARE_ANSWERS), strict=True))
-    return [
-        Row(
-            task=row["task"],
-            prompt=row["prompt"],
-            answer=swapped[row["answer"]] if index in spoilt else row["answer"],
-        )
-        for index, row in enumerate(clean)
-    ]
+    rng = random.Random(f"corrupt {seed}")
+    spoilt = set(rng.sample(range(len(clean)), round(share * len(clean))))
+    return [_spoil(row, rng) if index in spoilt else row for index, row in enumerate(clean)]
+
+
+def _spoil(row: Row, rng: random.Random) -> Row:
+    """Returns the row with one of the other two answers."""
+    wrong = [answer for answer in COMPARE_ANSWERS if answer != row["answer"]]
+    return Row(task=row["task"], prompt=row["prompt"], answer=rng.choice(wrong))

@@ -140,8 +140,9 @@ class Live:
             raise BaseModelError(f"{path}: the adapter is merged into the base weight. Unmerge it first.")
         if adapter_name not in layer.active_adapters:
             raise BaseModelError(f"{path}: adapter {adapter_name!r} is not active. Call set_adapter first.")
-        held, stored = lora_B.weight, self.adapter.updates[path].B
-        if held.device.type != "meta" and not torch.equal(held.detach().cpu().to(stored.dtype), stored):
+        held, stored = lora_B.weight.detach(), self.adapter.updates[path].B
+        coarser = max(held.dtype, stored.dtype, key=lambda dtype: torch.finfo(dtype).eps)
+        if held.device.type != "meta" and not torch.equal(held.cpu().to(coarser), stored.to(coarser)):
             raise BaseModelError(f"{path}: the loaded lora_B is not the adapter's. The adapter did not load.")
         return lora_B
 

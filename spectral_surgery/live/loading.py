@@ -84,17 +84,18 @@ def load_tokenizer(adapter: Adapter, options: ModelOptions) -> Any:
         raise BaseModelError(f"No tokenizer can be loaded from {name} ({reason}). Pass --tokenizer.") from error
 
 
-def check_fits(adapter: Adapter, config: Any) -> None:
+def check_fits(adapter: Adapter, config: Any, *, trust_remote_code: bool = False) -> None:
     """Checks that the adapter's tensors are exactly those that PEFT expects on this base model.
 
     Args:
         adapter: The adapter.
         config: The base model's configuration; no weights are loaded.
+        trust_remote_code: Run model code that comes with the base model.
 
     Raises:
         BaseModelError: If a module of either is missing in the other, or a shape differs.
     """
-    expected = _expected_shapes(adapter, config)
+    expected = _expected_shapes(adapter, config, trust_remote_code)
     found = {_plain_name(name): tuple(tensor.shape) for name, tensor in adapter.tensors.items()}
     missing = [name for name in expected if name not in found]
     foreign = [name for name in found if name not in expected and "lora_" in name]
@@ -139,7 +140,7 @@ def load(
         BaseModelError: If the base model cannot be loaded or does not fit.
     """
     if not checked:
-        check_fits(adapter, load_config(adapter, options))
+        check_fits(adapter, load_config(adapter, options), trust_remote_code=options.trust_remote_code)
     tokenizer = tokenizer or load_tokenizer(adapter, options)
     base = _load_base(adapter, options)
     with tempfile.TemporaryDirectory() as scratch:
@@ -202,15 +203,15 @@ def _hub_arguments(adapter: Adapter, options: ModelOptions) -> dict[str, Any]:
     return arguments | ({"revision": revision} if revision else {})
 
 
-def _expected_shapes(adapter: Adapter, config: Any) -> dict[str, tuple[int, ...]]:
+def _expected_shapes(adapter: Adapter, config: Any, trust_remote_code: bool) -> dict[str, tuple[int, ...]]:
     """Returns name and shape of every tensor that PEFT would save for this configuration on this base."""
     from peft import get_peft_model, get_peft_model_state_dict
     from transformers import AutoModelForCausalLM
 
     with warnings.catch_warnings(), torch.device("meta"):
         warnings.simplefilter("ignore")
-        skeleton = AutoModelForCausalLM.from_config(config)
         try:
+            skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
             model = get_peft_model(skeleton, _peft_config(adapter))
         except (ValueError, AttributeError, KeyError) as error:
             reason = str(error).strip().splitlines()[0].rstrip(".")

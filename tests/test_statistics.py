@@ -1,0 +1,96 @@
+"""Intervals against brute force and by the coverage they promise."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy.optimize import minimize_scalar
+from scipy.stats import norm
+
+from spectral_surgery.statistics import bootstrap_mean, paired_proportions
+
+
+def score_by_brute_force(wins: int, losses: int, n: int, delta: float) -> float:
+    """The score statistic with the nuisance parameter found by maximising the trinomial likelihood numerically."""
+
+    def minus_log_likelihood(q: float) -> float:
+        p = np.array([q + delta, q, 1 - 2 * q - delta])
+        counts = np.array([wins, losses, n - wins - losses])
+        return -float((counts * np.log(np.clip(p, 1e-300, None))).sum())
+
+    low, high = max(0.0, -delta), (1 - delta) / 2
+    q = minimize_scalar(minus_log_likelihood, bounds=(low, high), method="bounded", options={"xatol": 1e-12}).x
+    return (wins - losses - n * delta) / np.sqrt(n * (2 * q + delta - delta**2))
+
+
+@pytest.mark.parametrize(("wins", "losses", "n"), [(12, 2, 50), (7, 7, 100), (1, 0, 30), (20, 5, 400)])
+def test_tango_limits_are_where_the_brute_force_score_equals_the_normal_quantile(
+    wins: int, losses: int, n: int
+) -> None:
+    found = paired_proportions(wins, losses, n)
+    z = norm.ppf(0.975)
+    assert score_by_brute_force(wins, losses, n, found.low) == pytest.approx(z, abs=1e-3)
+    assert score_by_brute_force(wins, losses, n, found.high) == pytest.approx(-z, abs=1e-3)
+    assert found.estimate == (wins - losses) / n
+
+
+@pytest.mark.parametrize(("wins", "losses", "n"), [(0, 0, 200), (5, 0, 5), (0, 5, 5), (0, 1, 1)])
+def test_tango_interval_has_a_width_and_holds_the_estimate_at_the_edges(wins: int, losses: int, n: int) -> None:
+    found = paired_proportions(wins, losses, n)
+    assert -1 <= found.low <= found.estimate <= found.high <= 1
+    assert found.high - found.low > 0.01
+
+
+def test_tango_interval_is_mirrored_when_the_two_are_swapped() -> None:
+    one, other = paired_proportions(9, 4, 120), paired_proportions(4, 9, 120)
+    assert one.low == pytest.approx(-other.high)
+    assert one.high == pytest.approx(-other.low)
+
+
+def test_tango_interval_covers_at_its_level() -> None:
+    rng = np.random.default_rng(0)
+    n, p = 100, (0.06, 0.03, 0.91)
+    hits = []
+    for wins, losses, _ in rng.multinomial(n, p, size=1500):
+        found = paired_proportions(int(wins), int(losses), n)
+        hits.append(found.low <= p[0] - p[1] <= found.high)
+    assert 0.93 <= np.mean(hits) <= 0.975
+
+
+def test_impossible_counts_are_refused() -> None:
+    with pytest.raises(ValueError, match="wins 3, losses 3 of 5 examples are impossible"):
+        paired_proportions(3, 3, 5)
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+def test_bootstrap_covers_the_mean_of_skewed_values_at_its_level(grouped: bool) -> None:
+    rng = np.random.default_rng(1)
+    hits = []
+    for trial in range(400):
+        values = rng.exponential(size=60)
+        groups = None
+        if grouped:
+            values = np.repeat(values[:30], 2) + rng.normal(0, 0.1, 60)
+            groups = [str(i // 2) for i in range(60)]
+        found = bootstrap_mean(values, groups=groups, resamples=500, seed=trial)
+        hits.append(found.low <= 1 <= found.high)
+    assert 0.91 <= np.mean(hits) <= 0.98
+
+
+def test_grouping_widens_the_interval_of_repeated_examples() -> None:
+    values = np.repeat(np.random.default_rng(2).normal(size=40), 5)
+    alone = bootstrap_mean(values)
+    together = bootstrap_mean(values, groups=[str(i // 5) for i in range(200)])
+    assert together.estimate == pytest.approx(values.mean())
+    assert alone.estimate == pytest.approx(values.mean())
+    assert (together.high - together.low) > 1.7 * (alone.high - alone.low)
+
+
+def test_bootstrap_of_one_group_is_refused() -> None:
+    with pytest.raises(ValueError, match="1 group of examples has no interval"):
+        bootstrap_mean(np.ones(4), groups=["a"] * 4)
+
+
+def test_equal_values_give_a_point() -> None:
+    found = bootstrap_mean(np.full(10, 0.25))
+    assert (found.low, found.estimate, found.high) == (0.25, 0.25, 0.25)
