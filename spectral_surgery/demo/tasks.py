@@ -28,7 +28,7 @@ MODULI = (2, 4, 5, 10, 20, 25, 50, 100)
 COUNTED_LETTERS = "abcde"
 # A draw fails when its prompt is of the other part, excluded or already drawn; so many failures in
 # a row mean that hardly any prompt is left.
-DRAWS_BEFORE_GIVING_UP = 20_000
+DRAWS_BEFORE_GIVING_UP = 5_000
 
 
 class Row(TypedDict):
