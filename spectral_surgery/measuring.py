@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,7 +95,7 @@ def prepare(
         "data_sha256": data_digest(examples),
         "base_model": base_name(adapter, model),
         "recorded_base_model": adapter.config.base_model or "",
-        "dtype": model.dtype,
+        "model_options": json.dumps(asdict(model)),
         "seed": str(data_options.seed),
         "loss": "mean negative log-likelihood of the answer's tokens, nats per token",
         "run": json.dumps(run_record()),
@@ -267,7 +267,16 @@ def _measured(live: Live, batch: Any, loss: Loss) -> _Part:
         if _size(batch) == 1:
             raise
         log.warning("Measuring one example at a time: %s.", error)
-        return _Part.joined([_one_pass(live, single, loss) for single in _singles(batch)])
+        pieces = _split(batch, 1)
+    except torch.OutOfMemoryError as error:
+        if _size(batch) == 1:
+            raise RunError(
+                "One example alone needs more memory than there is. Use --gradient-checkpointing, --load-in-4bit or a "
+                "smaller --max-length."
+            ) from error
+        log.warning("Out of memory with %d examples at once; going on with half of them.", _size(batch))
+        pieces = _split(batch, (_size(batch) + 1) // 2)
+    return _Part.joined([_measured(live, piece, loss) for piece in pieces])
 
 
 def _one_pass(live: Live, batch: Any, loss: Loss) -> _Part:
@@ -333,13 +342,15 @@ def _to(batch: Any, device: torch.device) -> Any:
     return batch.to(device)
 
 
-def _singles(batch: Any) -> list[Any]:
+def _split(batch: Any, size: int) -> list[Any]:
+    """Returns the batch in pieces of at most ``size`` examples."""
     fields = dict(batch) if isinstance(batch, Mapping) else vars(batch)
-    rows = []
-    for i in range(_size(batch)):
-        row = {key: v[i : i + 1] if isinstance(v, Tensor) else v for key, v in fields.items()}
-        rows.append(row if isinstance(batch, Mapping) else replace(batch, **row))
-    return rows
+    pieces = []
+    for start in range(0, _size(batch), size):
+        rows = slice(start, start + size)
+        piece = {key: value[rows] if isinstance(value, Tensor) else value for key, value in fields.items()}
+        pieces.append(piece if isinstance(batch, Mapping) else replace(batch, **piece))
+    return pieces
 
 
 def _mask(batch: Any) -> Tensor | None:

@@ -233,3 +233,29 @@ def test_layers_whose_first_dimension_is_not_the_batch_are_measured_one_example_
     assert "Measuring one example at a time" in caplog.text
     for path in reference:
         np.testing.assert_allclose(found[path], reference[path], rtol=1e-9, atol=1e-13)
+
+
+def test_out_of_memory_halves_the_batch_and_changes_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny.lora(tiny.llama(dtype=torch.float64), dtype=torch.float64)
+    rows = tiny.batch(rows=5)
+    whole = measure_live(Live(model), [rows], loss=tiny.loss)
+
+    def hungry(model: PeftModel, rows: dict[str, Tensor]) -> Tensor:
+        if len(rows["labels"]) > 2:
+            raise torch.OutOfMemoryError
+        return tiny.loss(model, rows)
+
+    halved = measure_live(Live(model), [rows], loss=hungry)
+    assert "Out of memory with 5 examples" in caplog.text
+    np.testing.assert_allclose(halved.losses, whole.losses, rtol=1e-12)
+    for path, module in whole.modules.items():
+        found = halved.modules[path].gate_gradient
+        np.testing.assert_allclose(found, module.gate_gradient, rtol=1e-9, atol=1e-13)
+
+
+def test_out_of_memory_with_one_example_says_what_to_do() -> None:
+    def never(model: PeftModel, rows: dict[str, Tensor]) -> Tensor:
+        raise torch.OutOfMemoryError
+
+    with pytest.raises(RunError, match="One example alone needs more memory than there is"):
+        measure_live(Live(tiny.lora(tiny.llama())), [tiny.batch()], loss=never)
