@@ -6,7 +6,6 @@ are found together and reported in one message.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -22,7 +21,6 @@ from spectral_surgery.errors import InputError, combine
 from spectral_surgery.formats import DataOptions
 from spectral_surgery.options import BatchOptions, ModelOptions
 from spectral_surgery.selection import Selection
-from spectral_surgery.tables import table
 
 if TYPE_CHECKING:
     from spectral_surgery.adapter import Adapter
@@ -67,66 +65,6 @@ class OfAdapter(Command):
         from spectral_surgery.adapter import Adapter
 
         return Adapter.load(self.adapter, revision=self.adapter_revision, subfolder=self.subfolder)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Inspect(Command):
-    """Shows the spectrum of every module. Needs no base model.
-
-    Per module: singular values S of B A, effective and stable rank, nuclear and Frobenius norm, scale.
-    """
-
-    adapters: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="ADAPTER...")]
-    """Adapter folders or Hub ids."""
-    subfolder: str | None = None
-    """Where inside the folder or repository the adapter lies."""
-    adapter_revision: str | None = None
-    """Branch, tag or commit of the adapter's Hub repository."""
-    selection: Selection = field(default_factory=lambda: Selection(modules=("all",)))
-    json: bool = False
-    """Print everything as JSON."""
-
-    def run(self) -> None:
-        """Prints a table an adapter."""
-        from spectral_surgery.adapter import Adapter
-        from spectral_surgery.inspecting import summarize, to_json
-        from spectral_surgery.selection import select
-
-        if not self.adapters:
-            raise InputError("No adapter is named. Pass at least one folder or Hub id.")
-        found = [
-            Adapter.load(name, revision=self.adapter_revision, subfolder=self.subfolder) for name in self.adapters
-        ]
-        summaries = [summarize(adapter, select(adapter.updates, self.selection)) for adapter in found]
-        if self.json:
-            print(json.dumps([to_json(a, s) for a, s in zip(found, summaries, strict=True)], indent=2))
-            return
-        for adapter, rows in zip(found, summaries, strict=True):
-            print(_adapter_line(adapter))
-            header = [
-                "module",
-                "r",
-                "scale",
-                "effective rank",
-                "stable rank",
-                "nuclear",
-                "Frobenius",
-                "S",
-            ]
-            cells = [
-                [
-                    row.module,
-                    str(row.rank),
-                    f"{row.scale:.4g}",
-                    f"{row.effective_rank:.2f}",
-                    f"{row.stable_rank:.2f}",
-                    f"{row.nuclear:.4g}",
-                    f"{row.frobenius:.4g}",
-                    _short(row.S),
-                ]
-                for row in rows
-            ]
-            print(table(header, cells), end="\n\n")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -347,8 +285,9 @@ def _measure(prepared: Prepared, batching: BatchOptions) -> Measurement:
 
 def _say_edit(policy: policies.Policy, constraint: Constraint, report: EditReport) -> None:
     gates = [gate for module in report.modules.values() for gate in module.gates]
+    kept = "" if constraint.energy == "none" else f", keeping {constraint.energy} energy"
     print(
-        f"Policy {policies.spell(policy)}, keeping {constraint.energy} energy: {report.edited} of "
+        f"Policy {policies.spell(policy)}{kept}: {report.edited} of "
         f"{report.components} components in {len(report.modules)} modules edited, gates {min(gates):.3g} to "
         f"{max(gates):.3g}, relative size of the edit {report.size:.3g}."
     )
@@ -360,23 +299,7 @@ def _say_edit(policy: policies.Policy, constraint: Constraint, report: EditRepor
         )
 
 
-def _adapter_line(adapter: Adapter) -> str:
-    count = sum(update.A.numel() + update.B.numel() for update in adapter.updates.values())
-    ranks = sorted({update.A.shape[0] for update in adapter.updates.values()})
-    others = len(adapter.tensors) - sum(len(stored.claims) for stored in adapter.stored.values())
-    extra = f", {others} other tensors that pass through" if others else ""
-    return (
-        f"{adapter.name}: {len(adapter.updates)} modules ({_kinds(list(adapter.updates))}), rank "
-        f"{', '.join(map(str, ranks))}, {count / 1e6:.2f} M parameters{extra}, base {adapter.config.base_model}"
-    )
-
-
 def _kinds(paths: list[str]) -> str:
     from spectral_surgery.selection import kind
 
     return ", ".join(dict.fromkeys(map(kind, paths)))
-
-
-def _short(S: list[float]) -> str:
-    shown = [f"{value:.3g}" for value in S]
-    return " ".join(shown if len(shown) <= 6 else [*shown[:4], "..", shown[-1]])

@@ -15,6 +15,7 @@ def prepare(debug: bool) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     own = logging.getLogger("spectral_surgery")
     own.handlers[:] = [_Notes()]
     own.setLevel(logging.INFO)
