@@ -70,7 +70,7 @@ def thin_svd(update: LowRank) -> Spectrum:
     Q_in, R_in = torch.linalg.qr(A.T)
     U, S, Vh = torch.linalg.svd(R_out @ R_in.T, full_matrices=False)
     U, Vh = Q_out @ U, Vh @ Q_in.T
-    noise = rounding_noise(B, A, U, Vh, torch.finfo(update.B.dtype).eps)
+    noise = rounding_noise(B, A, U, Vh, (spacing(update.B), spacing(update.A)))
     return Spectrum(U, S, Vh, tied(S.numpy(), noise))
 
 
@@ -111,11 +111,11 @@ def rounding_noise(
     A: Float[Tensor, "r in"],
     U: Float[Tensor, "out k"],
     Vh: Float[Tensor, "k in"],
-    epsilon: float,
+    spacings: tuple[float, float],
 ) -> Float[np.ndarray, " k"]:
-    """Returns the standard deviation that storing B and A in a format gives each singular value.
+    """Returns the standard deviation that storing B and A gives each singular value.
 
-    First-order perturbation: rounding adds independent errors of variance ``(epsilon B_ij)^2 / 12`` and the same for
+    First-order perturbation: rounding adds independent errors of variance ``(spacing B_ij)^2 / 12`` and the same for
     A, so ``S_k`` moves by ``u_k^T (dB A + B dA) v_k``. It is at least a few roundings of float32, the arithmetic in
     which factors are made at best.
 
@@ -124,13 +124,25 @@ def rounding_noise(
         A: Input factor, float64.
         U: Output directions of ``B A``.
         Vh: Input directions.
-        epsilon: Spacing of the stored format at one (``torch.finfo(dtype).eps``).
+        spacings: Of B and of A, see :func:`spacing`.
     """
-    from_B = (U**2).T @ B**2 * (Vh @ A.T) ** 2
-    from_A = (U.T @ B) ** 2 * (Vh**2 @ (A**2).T)
-    stored = epsilon * torch.sqrt((from_B + from_A).sum(1) / 12)
+    of_B, of_A = spacings
+    from_B = (U**2).T @ (of_B * B) ** 2 * (Vh @ A.T) ** 2
+    from_A = (U.T @ B) ** 2 * (Vh**2 @ ((of_A * A) ** 2).T)
+    stored = torch.sqrt((from_B + from_A).sum(1) / 12)
     S = torch.sqrt(((U.T @ B @ A) ** 2).sum(1))
     return torch.maximum(stored, 8 * torch.finfo(torch.float32).eps * S).numpy()
+
+
+def spacing(factor: Float[Tensor, "rows columns"]) -> float:
+    """Returns the spacing at one of the coarsest format that holds every value of a factor exactly.
+
+    The dtype alone does not tell how values were rounded: PEFT loads a bfloat16 adapter as float32, and saves it so.
+    """
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        if torch.equal(factor.to(dtype).to(factor.dtype), factor):
+            return torch.finfo(dtype).eps
+    return torch.finfo(factor.dtype).eps
 
 
 def tied(S: Float[np.ndarray, " k"], noise: Float[np.ndarray, " k"]) -> Int[np.ndarray, " k"]:

@@ -121,8 +121,10 @@ def recover(out: Path) -> None:
             state = "It had not finished, and what it had written is removed"
         elif new.exists():
             state = "The version from before it is in place"
-        else:
+        elif old.exists():
             state = "It had put its version in place, which is whole"
+        else:
+            state = "It had just begun or just ended, and the version in place is whole"
         log.warning("An earlier save to %s was interrupted. %s.", out, state)
         shutil.rmtree(staging)
 
@@ -135,9 +137,10 @@ def interrupted(out: Path) -> bool:
 def is_ours(folder: Path) -> bool:
     """Returns whether a folder carries our manifest."""
     try:
-        return "spectral_surgery" in json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
+    return isinstance(manifest, dict) and "spectral_surgery" in manifest
 
 
 @contextmanager

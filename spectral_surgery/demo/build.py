@@ -149,7 +149,6 @@ def train(model: Model, ids: torch.Tensor, labels: torch.Tensor, seed: int, **ar
             adam_beta2=0.98,
             seed=seed,
             use_cpu=True,
-            use_cache=True,
             remove_unused_columns=False,
             dataloader_pin_memory=False,
             save_strategy="no",
@@ -183,6 +182,7 @@ def train_base(folder: pathlib.Path, seed: int, steps: int) -> float:
         learning_rate=BASE_LEARNING_RATE,
         logging_steps=50,
     )
+    model.config.use_cache = True  # The trainer switches it off and leaves it so.
     model.bfloat16().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return loss

@@ -194,8 +194,8 @@ def _learnt(trials: list[Trial], chosen: Trial, output: Path) -> str:
         f"{chosen.name}. On test rows: task {task}, other skills {skills} points against the unedited adapter, with "
         f"95 % intervals.",
         _compared(chosen, strength),
-        f"Of the paper's four policies {paper.name} keeps most other skills, {100 * paper.test.skills.mean():.1f} %, with "
-        f"the task at {100 * paper.test.task.mean():.1f} %.",
+        f"Of the paper's four policies {paper.name} keeps most other skills, {100 * paper.test.skills.mean():.1f} %, "
+        f"with the task at {100 * paper.test.task.mean():.1f} %.",
         f"Wrote {output}.",
     ]
     return "\n".join(textwrap.fill(line, 100, break_on_hyphens=False) for line in lines)
