@@ -1,74 +1,270 @@
-"""What an adapter holds, module by module, from its files alone."""
+"""Looking into adapters from their files alone, without a base model: the jobs behind ``spectral-surgery inspect``.
+
+Each module's factors are decomposed once, its numbers and leading directions are kept and the rest is let go, so
+memory stays at a few leading directions a module and time is linear in modules.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
+from jaxtyping import Float
 
-from spectral_surgery.adapter import Adapter
-from spectral_surgery.spectrum import effective_rank, stable_rank, thin_svd
+from spectral_surgery import alignment, weight_study
+from spectral_surgery.adapter import Adapter, AdapterConfig, files
+from spectral_surgery.anatomy import Leading, ModuleSummary, dissect, update_cosine
+from spectral_surgery.editing import check_measured_on
+from spectral_surgery.errors import AdapterError
+from spectral_surgery.findings import findings
+from spectral_surgery.inspection import Comparison, Inspection
+from spectral_surgery.measurement import Measurement
+from spectral_surgery.selection import Selection, select
+from spectral_surgery.significance import respond
+from spectral_surgery.weight_files import WeightFiles
+from spectral_surgery.weight_study import BaseView
+
+DIGITS = 6
+"""Significant digits of figures in JSON."""
 
 
 @dataclass(frozen=True)
-class ModuleSummary:
-    """One module's update ``B A`` in numbers."""
+class Readable:
+    """An adapter without the modules that hold values that are not finite."""
 
-    module: str
-    """Module path."""
-    shape: tuple[int, int]
-    """(out, in) of the update."""
-    rank: int
-    """r of the factors."""
-    scale: float
-    """What B A is multiplied by in the forward pass."""
-    effective_rank: float
-    """exp of the entropy of S / sum S, in [1, r]."""
-    stable_rank: float
-    """sum S^2 / max S^2, in [1, r]."""
-    nuclear: float
-    """sum of S."""
-    frobenius: float
-    """Root of sum S^2."""
-    S: list[float]
-    """Singular values of the unscaled update, descending."""
-    tied_groups: int
-    """Number of components that can be told apart as stored."""
-    dtype: str
-    """Stored dtype of the factors."""
+    adapter: Adapter
+    nonfinite: tuple[str, ...] = ()
+    """Names of the tensors that hold such values."""
 
 
-def summarize(adapter: Adapter, paths: Iterable[str] | None = None) -> list[ModuleSummary]:
-    """Returns a summary of every module, in the adapter's order."""
-    updates = adapter.updates
-    return [_summary(path, updates[path]) for path in (paths if paths is not None else updates)]
+@dataclass(frozen=True)
+class Dissected:
+    """An adapter with the numbers and leading directions of its selected modules."""
+
+    readable: Readable
+    modules: Mapping[str, ModuleSummary]
+    leading: Mapping[str, Leading] = field(default_factory=dict)
 
 
-def to_json(adapter: Adapter, summaries: Iterable[ModuleSummary]) -> dict[str, Any]:
-    """Returns the adapter and its summaries as plain values."""
+def read(name: str, *, revision: str | None = None, subfolder: str | None = None) -> Readable:
+    """Returns an adapter for looking at, with modules left out that hold values that are not finite.
+
+    Raises:
+        AdapterError: If it cannot be read, is inconsistent, or nothing finite is left of it.
+    """
+    try:
+        return Readable(Adapter.load(name, revision=revision, subfolder=subfolder))
+    except AdapterError:
+        found = _finite_part(name, revision, subfolder)
+        if found is None:
+            raise
+        return found
+
+
+def _finite_part(name: str, revision: str | None, subfolder: str | None) -> Readable | None:
+    folder = files.locate(name, revision=revision, subfolder=subfolder)
+    config = AdapterConfig(files.read_config(folder))
+    tensors, metadata = files.read_tensors(folder)
+    bad = [key for key, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    owners = {key.rpartition(".lora_")[0] or key for key in bad}
+    left = {key: tensor for key, tensor in tensors.items() if (key.rpartition(".lora_")[0] or key) not in owners}
+    if not bad or not any("lora_" in key for key in left):
+        return None
+    adapter = Adapter(config, left, metadata, folder, name)
+    adapter.stored  # noqa: B018 (checks every tensor now)
+    return Readable(adapter, tuple(bad))
+
+
+def inspect(
+    adapters: Sequence[Readable],
+    *,
+    selection: Selection | None = None,
+    k: int = 4,
+    geometry: bool = True,
+    sensitivities: Sequence[Measurement] = (),
+    base: WeightFiles | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Inspection]:
+    """Returns what is known about every adapter, and about every two of them.
+
+    Args:
+        adapters: From :func:`read`.
+        selection: Modules and layers; all by default.
+        k: Dimension of the compared subspaces, 4 in the paper.
+        geometry: Whether directions are compared.
+        sensitivities: Measurements of any of the adapters, matched by hash.
+        base: Weights of the base model that all of the adapters belong to.
+        progress: Told how many modules were held against the base, and of how many.
+
+    Raises:
+        SelectionError: If the selection names nothing in an adapter.
+        MeasurementError: If a measurement was made on none of the adapters.
+        BaseModelError: If the base has no weight for a module, or one of another shape.
+    """
+    selection = selection or Selection(modules=("all",))
+    for measured in sensitivities:
+        _check_measured(adapters, measured)
+    with one_thread():
+        found = [_dissect(readable, selection, k, directions=geometry or base is not None) for readable in adapters]
+        views = [_view(one, k, geometry, name) for one, name in zip(found, _names(found), strict=True)]
+        if geometry:
+            views = [_compared(i, found, views, k) for i in range(len(views))]
+    views = [_with_responses(d.readable.adapter, view, sensitivities) for d, view in zip(found, views, strict=True)]
+    return _with_base(found, views, base, progress) if base else views
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Runs torch in one thread: waking a second one for every thin factor costs more than it gives."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _dissect(readable: Readable, selection: Selection, k: int, *, directions: bool) -> Dissected:
+    updates = readable.adapter.updates
+    paths = select(updates, selection)
+    room = np.empty(sum((updates[p].B.shape[0] + updates[p].A.shape[1]) * k for p in paths) if directions else 0, "f4")
+    modules, kept = {}, {}
+    for path in paths:
+        modules[path], leading = dissect(path, updates[path], k if directions else 0)
+        if leading:
+            kept[path], room = _moved(leading, room)
+    return Dissected(readable, modules, kept)
+
+
+def _moved(leading: Leading, room: Float[np.ndarray, " free"]) -> tuple[Leading, Float[np.ndarray, " left"]]:
+    """The directions in one large buffer, and what is left of it; on their own they would pin freed memory."""
+    split = np.split(room, [leading.U.size, leading.U.size + leading.V.size])
+    U, V = split[0].reshape(leading.U.shape), split[1].reshape(leading.V.shape)
+    U[:], V[:] = leading.U, leading.V
+    return replace(leading, U=U, V=V), split[2]
+
+
+def _view(one: Dissected, k: int, geometry: bool, name: str) -> Inspection:
+    adapter = one.readable.adapter
+    return Inspection(
+        name=name,
+        digest=adapter.digest,
+        base_model=adapter.config.base_model,
+        parameters=sum(update.A.numel() + update.B.numel() for update in adapter.updates.values()),
+        other_tensors=len(adapter.tensors) - sum(len(stored.claims) for stored in adapter.stored.values()),
+        nonfinite=one.readable.nonfinite,
+        modules=one.modules,
+        k=k,
+        matrices=tuple(alignment.matrices(one.leading, k)) if geometry else (),
+        curves=tuple(alignment.synergy(one.leading, k)) if geometry else (),
+    )
+
+
+def _names(found: Sequence[Dissected]) -> list[str]:
+    names: list[str] = []
+    for one in found:
+        name, count = one.readable.adapter.name, 1
+        while (unique := name if count == 1 else f"{name} ({count})") in names:
+            count += 1
+        names.append(unique)
+    return names
+
+
+def _compared(i: int, found: Sequence[Dissected], views: Sequence[Inspection], k: int) -> Inspection:
+    others = {views[j].name: _compare(found[i], found[j], k) for j in range(len(found)) if j != i}
+    return replace(views[i], against=others)
+
+
+def _compare(one: Dissected, other: Dissected, k: int) -> Comparison:
+    first, second = one.readable.adapter.updates, other.readable.adapter.updates
+    shared = [p for p in one.modules if p in other.modules and one.modules[p].shape == other.modules[p].shape]
+    norms = {p: (one.modules[p].delta_norm, other.modules[p].delta_norm) for p in shared}
+    return Comparison(
+        cosine={p: update_cosine(first[p], second[p]) for p in shared},
+        strength={p: mine / its if its else float("nan") for p, (mine, its) in norms.items()},
+        curves=tuple(alignment.between({p: one.leading[p] for p in shared}, {p: other.leading[p] for p in shared}, k)),
+        missing=len(set(one.modules) ^ set(other.modules)) + len(set(one.modules) & set(other.modules)) - len(shared),
+    )
+
+
+def _with_base(
+    found: Sequence[Dissected],
+    views: Sequence[Inspection],
+    base: WeightFiles,
+    progress: Callable[[int, int], None],
+) -> list[Inspection]:
+    seen: list[dict[str, BaseView]] = [{} for _ in found]
+    total, done = sum(len(one.modules) for one in found), 0
+    for one, views_of in zip(found, seen, strict=True):
+        updates = one.readable.adapter.updates
+        for path, leading in one.leading.items():
+            W = base.weight(path, one.modules[path].shape)
+            views_of[path] = weight_study.view(W, updates[path], leading.U, leading.V)
+            done += 1
+            progress(done, total)
+    return [replace(view, base=views_of) for view, views_of in zip(views, seen, strict=True)]
+
+
+def _check_measured(adapters: Sequence[Readable], measured: Measurement) -> None:
+    digests = [readable.adapter.digest for readable in adapters]
+    if measured.about.get("adapter_sha256") not in digests:
+        check_measured_on(adapters[0].adapter, measured)
+
+
+def _with_responses(adapter: Adapter, view: Inspection, measurements: Sequence[Measurement]) -> Inspection:
+    for measured in measurements:
+        if measured.about.get("adapter_sha256") == adapter.digest:
+            responses = {path: one for path, one in respond(measured).items() if path in view.modules}
+            return replace(view, responses=responses, examples=measured.examples)
+    return view
+
+
+def to_json(inspections: Sequence[Inspection]) -> list[dict[str, Any]]:
+    """Returns everything as plain values, one object an adapter; NaN becomes null."""
+    return [_json(inspection) for inspection in inspections]
+
+
+def _json(inspection: Inspection) -> dict[str, Any]:
     return {
-        "adapter": adapter.name,
-        "tensors_sha256": adapter.digest,
-        "base_model": adapter.config.base_model,
-        "modules": [asdict(summary) for summary in summaries],
+        "adapter": inspection.name,
+        "tensors_sha256": inspection.digest,
+        "base_model": inspection.base_model,
+        "parameters": inspection.parameters,
+        "findings": plain(findings(inspection)),
+        "total": plain(inspection.total),
+        "kinds": {group.name: plain(inspection.aggregate(group.paths)) for group in inspection.groups},
+        "layers": {str(number): plain(one) for number, one in inspection.layers.items()},
+        "modules": [_module_json(inspection, path) for path in inspection.modules],
+        "k": inspection.k,
+        "layers_against_layers": plain(inspection.matrices),
+        "kinds_within_layers": plain(inspection.curves),
+        "against": plain(inspection.against),
     }
 
 
-def _summary(path: str, update: Any) -> ModuleSummary:
-    spectrum = thin_svd(update)
-    S = spectrum.S.numpy()
-    return ModuleSummary(
-        module=path,
-        shape=(update.B.shape[0], update.A.shape[1]),
-        rank=update.A.shape[0],
-        scale=update.scale,
-        effective_rank=effective_rank(S),
-        stable_rank=stable_rank(S),
-        nuclear=float(S.sum()),
-        frobenius=float(np.linalg.norm(S)),
-        S=S.tolist(),
-        tied_groups=int(spectrum.ties[-1]) + 1 if len(S) else 0,
-        dtype=str(update.B.dtype).removeprefix("torch."),
-    )
+def _module_json(inspection: Inspection, path: str) -> dict[str, Any]:
+    extra: dict[str, Any] = {}
+    if path in inspection.responses:
+        extra["sensitivity"] = plain(inspection.responses[path])
+    if path in inspection.base:
+        extra["base"] = plain(inspection.base[path])
+    return {**vars(inspection.modules[path]), **extra}
+
+
+def plain(value: Any) -> Any:
+    """Returns dataclasses, mappings and arrays as JSON values, floats at six digits."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {one.name: plain(getattr(value, one.name)) for one in fields(value)}
+    if isinstance(value, Mapping):
+        return {key: plain(inner) for key, inner in value.items()}
+    if isinstance(value, np.ndarray):
+        return plain(value.tolist())
+    if isinstance(value, list | tuple):
+        return [plain(inner) for inner in value]
+    if isinstance(value, float):
+        return float(f"{value:.{DIGITS}g}") if np.isfinite(value) else None
+    return value

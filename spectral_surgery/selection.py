@@ -77,7 +77,8 @@ def select(paths: Iterable[str], selection: Selection) -> list[str]:
             f"No module of this adapter lies in layers {selection.layers}. "
             + (f"It has layers {there[0]} to {there[-1]}." if there else "Its modules have no layer numbers.")
         )
-    names = [name.strip() for text in selection.modules for name in text.split(",")]
+    texts = [selection.modules] if isinstance(selection.modules, str) else selection.modules
+    names = [name.strip() for text in texts for name in text.split(",")]
     chosen = [set(_matching(name, inside)) for name in names]
     return [path for path in inside if any(path in part for part in chosen)]
 

@@ -13,10 +13,12 @@ from collections.abc import Sequence
 import tyro
 
 from spectral_surgery.cli import console
-from spectral_surgery.cli.commands import Command, Demo, Edit, Inspect, Measure, Restore
+from spectral_surgery.cli.commands import Command, Demo, Edit, Measure, Restore
+from spectral_surgery.cli.inspect import Inspect
+from spectral_surgery.cli.speclora import SpecLora
 from spectral_surgery.errors import SpectralSurgeryError
 
-COMMANDS = (Inspect, Demo, Measure, Edit, Restore)
+COMMANDS = (Inspect, Demo, Measure, Edit, Restore, SpecLora)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
