@@ -3,11 +3,12 @@ PYTHON ?= python3
 TORCH_INDEX ?= auto
 ENVIRONMENT = PYTHON="$(PYTHON)" TORCH_INDEX="$(TORCH_INDEX)" sh scripts/environment.sh
 
-.PHONY: help demo test world clean
+.PHONY: help demo test docs world clean
 
 help:
 	@echo 'make demo    measure and edit the embedded adapter, from a wheel; results in build/demo'
 	@echo 'make test    lint, type check, import order and every test, as in CI'
+	@echo 'make docs    write the generated parts of the documentation again'
 	@echo 'make world   build the embedded model, adapter and data again, in place (up to an hour)'
 	@echo 'make clean   remove the environments and everything that was built'
 	@echo
@@ -28,6 +29,10 @@ test:
 	@.venv/bin/mypy
 	@.venv/bin/lint-imports --no-logo
 	@.venv/bin/python -m pytest -q -n 2
+
+docs:
+	@$(ENVIRONMENT) .venv editable
+	@.venv/bin/python scripts/docs.py
 
 world:
 	@$(ENVIRONMENT) .venv editable
