@@ -113,8 +113,8 @@ def leading(spectrum: Spectrum, k: int) -> Leading:
     k = min(k, len(S))
     alive = used_rank(S)
     return Leading(
-        U=spectrum.U[:, :k].float().numpy(),
-        V=spectrum.Vh[:k].T.float().contiguous().numpy(),
+        U=spectrum.U[:, :k].numpy().astype(np.float32),
+        V=spectrum.Vh[:k].T.numpy().astype(np.float32),
         separate=alive > 0 and (len(S) == 1 or bool(ties[0] != ties[1])),
         closed=alive >= k and (len(S) == k or bool(ties[k - 1] != ties[k])),
     )

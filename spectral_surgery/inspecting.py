@@ -6,14 +6,14 @@ memory stays at a few leading directions a module and time is linear in modules.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
 
 from spectral_surgery import alignment, weight_study
 from spectral_surgery.adapter import Adapter, AdapterConfig, files
@@ -28,6 +28,8 @@ from spectral_surgery.significance import respond
 from spectral_surgery.weight_files import WeightFiles
 from spectral_surgery.weight_study import BaseView
 
+TIDY = 16
+"""Modules after which freed memory is given back."""
 DIGITS = 6
 """Significant digits of figures in JSON."""
 
@@ -131,21 +133,20 @@ def one_thread() -> Iterator[None]:
 def _dissect(readable: Readable, selection: Selection, k: int, *, directions: bool) -> Dissected:
     updates = readable.adapter.updates
     paths = select(updates, selection)
-    room = np.empty(sum((updates[p].B.shape[0] + updates[p].A.shape[1]) * k for p in paths) if directions else 0, "f4")
     modules, kept = {}, {}
-    for path in paths:
+    for count, path in enumerate(paths):
         modules[path], leading = dissect(path, updates[path], k if directions else 0)
         if leading:
-            kept[path], room = _moved(leading, room)
+            kept[path] = leading
+        if count % TIDY == 0:
+            _give_memory_back()
     return Dissected(readable, modules, kept)
 
 
-def _moved(leading: Leading, room: Float[np.ndarray, " free"]) -> tuple[Leading, Float[np.ndarray, " left"]]:
-    """The directions in one large buffer, and what is left of it; on their own they would pin freed memory."""
-    split = np.split(room, [leading.U.size, leading.U.size + leading.V.size])
-    U, V = split[0].reshape(leading.U.shape), split[1].reshape(leading.V.shape)
-    U[:], V[:] = leading.U, leading.V
-    return replace(leading, U=U, V=V), split[2]
+def _give_memory_back() -> None:
+    """Returns freed memory to the system where glibc holds it: it keeps the holes between small values that stay."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _view(one: Dissected, k: int, geometry: bool, name: str) -> Inspection:

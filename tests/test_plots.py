@@ -22,16 +22,15 @@ def views() -> list[Inspection]:
 
 
 @pytest.mark.parametrize("extension", plots.FORMATS)
-def test_all_figures_are_written_and_the_same_each_time(
-    views: list[Inspection], tmp_path: Path, extension: str
-) -> None:
-    first = plots.save(views, tmp_path / "a", extension)
-    assert [path.name for path in first] == [
-        f"{n}.{extension}" for n in ("wall-output", "wall-input", "synergy", "spectra")
-    ]
-    for path, again in zip(first, plots.save(views, tmp_path / "b", extension), strict=True):
-        assert path.read_bytes().startswith(HEADS[extension])
-        assert path.read_bytes() == again.read_bytes()
+def test_all_figures_are_written_in_every_format(views: list[Inspection], tmp_path: Path, extension: str) -> None:
+    written = plots.save(views[:1], tmp_path / "new", extension)
+    assert [path.stem for path in written] == ["wall-output", "wall-input", "synergy", "spectra"]
+    assert all(path.suffix == f".{extension}" and path.read_bytes().startswith(HEADS[extension]) for path in written)
+
+
+def test_the_same_inspection_gives_the_same_file(views: list[Inspection], tmp_path: Path) -> None:
+    first, second = (plots.save(views[:1], tmp_path / name, "svg") for name in ("a", "b"))
+    assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
 
 
 def test_the_wall_has_a_map_for_every_kind_of_every_adapter(views: list[Inspection]) -> None:

@@ -45,11 +45,11 @@ class Inspect(Command):
     html: Path | None = None
     """Write one self-contained interactive page to this file."""
     figures: Path | None = None
-    """Write static figures into this folder."""
+    """Write static figures into this folder, over earlier ones of the same names."""
     figure_format: Literal["pdf", "png", "svg"] = "pdf"
     """Format of the figures."""
     overwrite: bool = False
-    """Replace a page or figures that an earlier inspection wrote."""
+    """Replace a page that an earlier inspection wrote."""
     json: bool = False
     """Print everything as JSON."""
     per_module: bool = False
