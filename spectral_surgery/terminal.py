@@ -82,11 +82,24 @@ def _listed(values: Iterable[object]) -> str:
 
 
 def _modules(inspection: Inspection) -> str:
-    header = ["module", "r", "effective rank", "stable rank", "nuclear", "Frobenius", "delta", "S from", "to", "S"]
+    header = [
+        "module",
+        "r",
+        "scale",
+        "effective rank",
+        "stable rank",
+        "nuclear",
+        "Frobenius",
+        "delta",
+        "S from",
+        "to",
+        "S",
+    ]
     rows = [
         [
             path,
             str(module.rank),
+            f"{module.scale:.4g}",
             f"{module.effective_rank:.2f}",
             f"{module.stable_rank:.2f}",
             f"{module.nuclear:.4g}",

@@ -307,3 +307,25 @@ def test_the_digest_is_of_names_dtypes_shapes_and_bytes(folder: Path) -> None:
     assert len(digests | {adapter.digest}) == len(changes) + 1
     backwards = dataclasses.replace(adapter, tensors=dict(reversed(adapter.tensors.items())))
     assert backwards.digest == adapter.digest
+
+
+def test_a_hub_id_is_downloaded_at_its_revision_without_what_is_no_part_of_an_adapter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny.lora(tiny.llama()).save_pretrained(tmp_path / "snapshot" / "sub")
+    asked: dict[str, Any] = {}
+
+    def download(repository: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.update(repository=repository, revision=revision, patterns=allow_patterns)
+        return str(tmp_path / "snapshot")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    adapter = Adapter.load("someone/adapter", revision="v2", subfolder="sub")
+    assert len(adapter.updates) == 8
+    assert (asked["repository"], asked["revision"]) == ("someone/adapter", "v2")
+    wanted = [
+        name
+        for name in ("adapter_model.safetensors", "optimizer.pt", "model.safetensors", "checkpoint-9/x.pt")
+        if any(Path(name).match(pattern) for pattern in asked["patterns"])
+    ]
+    assert wanted == ["adapter_model.safetensors"]

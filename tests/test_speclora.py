@@ -334,6 +334,13 @@ def test_layers_that_are_not_linear_are_refused() -> None:
         get_peft_model(tiny.llama(), config(target_modules=["embed_tokens"]))
 
 
+def test_a_float8_weight_that_needs_a_scale_beside_it_is_refused() -> None:
+    base = nn.Sequential(nn.Linear(8, 8))
+    base[0].weight = nn.Parameter(base[0].weight.data.to(torch.float8_e4m3fn), requires_grad=False)
+    with pytest.raises(BaseModelError, match=r"0 is a Linear with a torch.float8_e4m3fn weight"):
+        get_peft_model(base, SpecLoraConfig(target_modules=["0"]))
+
+
 def test_plain_lora_is_the_case_of_no_rows() -> None:
     ours = trained(get_peft_model(tiny.llama(), config(k=0)))
     plain = LoraConfig(r=4, lora_alpha=8, target_modules=tiny.TARGETS, task_type="CAUSAL_LM")
@@ -349,3 +356,29 @@ def test_an_adapter_without_its_scales_in_the_file_does_not_load() -> None:
     short = {name: tensor for name, tensor in state.items() if "q_proj.lora_spec" not in name}
     with pytest.raises(AdapterError, match=r"2 of 8 tensors of scales are missing"):
         set_peft_model_state_dict(model, short)
+
+
+def kept_bytes(chosen: LoraConfig) -> int:
+    """Returns what autograd keeps for the backward pass of one wide layer, parameters not counted."""
+    model = get_peft_model(nn.Sequential(nn.Linear(64, 4096, bias=False)), chosen)
+    known = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = model(torch.zeros(1, 32, 64, requires_grad=True))
+    assert out.requires_grad
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("rows", ["first", "random"])
+def test_scales_keep_tokens_times_k_numbers_and_no_copy_of_the_weight(rows: str) -> None:
+    lora = kept_bytes(LoraConfig(r=2, target_modules=["0"]))
+    ours = kept_bytes(SpecLoraConfig(r=2, k=8, rows=rows, target_modules=["0"]))
+    tokens, k = 32, 8
+    assert 4 * tokens * k <= ours - lora <= 2 * 4 * tokens * k + 100

@@ -1,6 +1,7 @@
 """The command line: ``spectral-surgery COMMAND ...``.
 
-Exit status: 0 done, 1 failed midway, 2 bad input (nothing was done), 130 interrupted.
+Exit status: 0 done, 1 failed midway, 2 bad input (nothing was done), 3 an inspection found what --fail-on names,
+130 interrupted.
 """
 
 from __future__ import annotations

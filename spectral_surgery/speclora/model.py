@@ -9,6 +9,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from spectral_surgery.adapter.kinds.linear import DTYPES
 from spectral_surgery.errors import AdapterError, BaseModelError, InputError
 from spectral_surgery.speclora.config import SpecLoraConfig
 from spectral_surgery.speclora.layer import Linear, SpecLoraLayer
@@ -44,8 +45,9 @@ class SpecLoraModel(LoraModel):
         kind = _layer_class(base)
         if kind is None:
             raise BaseModelError(
-                f"{kwargs['target_name']} is a {type(base).__name__}, and SpecLoRA scales nn.Linear, Conv1D, and "
-                f"linear layers quantised by bitsandbytes or torchao. Leave it out of target_modules."
+                f"{kwargs['target_name']} is a {type(base).__name__} with a {_dtype(base)} weight, and SpecLoRA takes "
+                f"nn.Linear and Conv1D in floating point, and linear layers that bitsandbytes or torchao quantised. "
+                f"Leave it out of target_modules."
             )
         lora_config.fan_in_fan_out = isinstance(base, Conv1D)
         return kind(target, adapter_name, config=lora_config, **kwargs)
@@ -87,6 +89,10 @@ class SpecLoraModel(LoraModel):
         return found
 
 
+def _dtype(base: nn.Module) -> str:
+    return str(getattr(getattr(base, "weight", None), "dtype", "missing"))
+
+
 def _layer_class(base: nn.Module) -> type[SpecLoraLayer] | None:
     """Returns the layer class for a base layer; a quantiser is only imported where its layers are."""
     families = {type(part).__module__.partition(".")[0] for part in (base, getattr(base, "weight", None))}
@@ -94,7 +100,9 @@ def _layer_class(base: nn.Module) -> type[SpecLoraLayer] | None:
         from spectral_surgery.speclora import quantized
 
         return quantized.layer_class(base)
-    return Linear if isinstance(base, nn.Linear | Conv1D) else None
+    # Float8 layers are subclasses of nn.Linear whose weight means nothing without its scale.
+    plain = isinstance(base, nn.Linear | Conv1D) and base.weight.dtype in DTYPES
+    return Linear if plain else None
 
 
 def parameter_groups(

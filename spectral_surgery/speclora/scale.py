@@ -89,8 +89,8 @@ class Slice(Scale):
         self.start = start
 
     def coordinates(self, t: Float[Tensor, "*tokens out"]) -> Float[Tensor, "*tokens k"]:
-        """Returns these entries."""
-        return t.narrow(-1, self.start, len(self.delta))
+        """Returns these entries, copied: autograd would keep all of ``t`` alive for a view."""
+        return t.narrow(-1, self.start, len(self.delta)).contiguous()
 
     def spread(
         self, into: Float[Tensor, "*tokens out"], values: Float[Tensor, "*tokens k"]
