@@ -68,7 +68,46 @@ class OfAdapter(Command):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measure(OfAdapter):
+class Measuring(OfAdapter):
+    """A command that may measure an adapter."""
+
+    selection: Selection = field(default_factory=Selection)
+    rows: DataOptions = field(default_factory=DataOptions)
+    model: ModelOptions = field(default_factory=ModelOptions)
+    batching: BatchOptions = field(default_factory=BatchOptions)
+
+    def prepare(self, adapter: Adapter, data: str) -> Prepared:
+        """Returns what a measurement needs except the base model's weights, and says what it will be.
+
+        Raises:
+            InputError: Whatever is wrong with modules, rows or base model.
+        """
+        from spectral_surgery.calibration import preview
+        from spectral_surgery.measuring import prepare
+
+        prepared = prepare(adapter, data, selection=self.selection, data_options=self.rows, model=self.model)
+        first = preview(prepared.tokenized.examples[0], prepared.tokenizer)
+        print(f"Base model: {prepared.about['base_model']}")
+        print(f"Modules: {len(prepared.paths)} of {len(adapter.updates)}, {_kinds(prepared.paths)}")
+        print(f"Measuring rows: {len(prepared.examples)} ({prepared.tokenized.truncated} shortened to fit)")
+        print(f"The first, its answer in [[ ]]: {first if len(first) <= 400 else f'... {first[-400:]}'}")
+        return prepared
+
+    def measure(self, prepared: Prepared) -> Measurement:
+        """Loads the base model and returns the measurement.
+
+        Raises:
+            RunError: If it fails midway.
+        """
+        from spectral_surgery.measuring import load_prepared, measure_prepared
+
+        live = load_prepared(prepared)
+        with console.progress("measuring", "rows") as progress:
+            return measure_prepared(prepared, live, self.batching, progress=progress)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measure(Measuring):
     """Measures how strongly the loss depends on every component, and saves it to a file.
 
     One forward and one backward pass per measuring row; every policy can then be computed from the file.
@@ -82,10 +121,6 @@ class Measure(OfAdapter):
     """Replace an existing sensitivity file."""
     dry_run: bool = False
     """Check everything and say what would be done, without loading the base model's weights."""
-    selection: Selection = field(default_factory=Selection)
-    rows: DataOptions = field(default_factory=DataOptions)
-    model: ModelOptions = field(default_factory=ModelOptions)
-    batching: BatchOptions = field(default_factory=BatchOptions)
 
     def run(self) -> None:
         """Writes the sensitivity file."""
@@ -93,12 +128,11 @@ class Measure(OfAdapter):
 
         output = self.output or Path(f"{Path(self.adapter).name}.sensitivity.safetensors")
         adapter, _ = together(self.load, lambda: file.check_path(output, overwrite=self.overwrite))
-        prepared = _prepare(adapter, self.data, self)
-        _say_plan(prepared)
+        prepared = self.prepare(adapter, self.data)
         if self.dry_run:
             print(f"Would measure and write {output}.")
             return
-        measured = _measure(prepared, self.batching)
+        measured = self.measure(prepared)
         file.save_measurement(measured, output, overwrite=self.overwrite)
         print(f"Measured {measured.examples} rows, mean loss {measured.losses.mean():.4f} nats per token.")
         print(
@@ -108,7 +142,7 @@ class Measure(OfAdapter):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Edit(OfAdapter):
+class Edit(Measuring):
     """Edits an adapter by one policy, without judging the result, and writes a PEFT adapter folder.
 
     Policies that need sensitivities take them from a file, or measure first.
@@ -132,10 +166,6 @@ class Edit(OfAdapter):
     """Replace an output folder that spectral-surgery wrote."""
     dry_run: bool = False
     """Check everything and say what would be done, without measuring or writing."""
-    selection: Selection = field(default_factory=Selection)
-    rows: DataOptions = field(default_factory=DataOptions)
-    model: ModelOptions = field(default_factory=ModelOptions)
-    batching: BatchOptions = field(default_factory=BatchOptions)
 
     def run(self) -> None:
         """Writes the edited adapter."""
@@ -202,9 +232,8 @@ class Edit(OfAdapter):
             return load_measurement(self.sensitivity)
         if not self.data:
             return None
-        prepared = _prepare(adapter, self.data, self)
-        _say_plan(prepared)
-        return None if self.dry_run else _measure(prepared, self.batching)
+        prepared = self.prepare(adapter, self.data)
+        return None if self.dry_run else self.measure(prepared)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,30 +286,6 @@ def together(*checks: Callable[[], Any]) -> list[Any]:
             faults.append(str(error))
     combine(list(dict.fromkeys(faults)))
     return results
-
-
-def _prepare(adapter: Adapter, data: str, command: Measure | Edit) -> Prepared:
-    from spectral_surgery.measuring import prepare
-
-    return prepare(adapter, data, selection=command.selection, data_options=command.rows, model=command.model)
-
-
-def _say_plan(prepared: Prepared) -> None:
-    from spectral_surgery.calibration import preview
-
-    first = preview(prepared.tokenized.examples[0], prepared.tokenizer)
-    print(f"Base model: {prepared.about['base_model']}")
-    print(f"Modules: {len(prepared.paths)} of {len(prepared.adapter.updates)}, {_kinds(prepared.paths)}")
-    print(f"Measuring rows: {len(prepared.examples)} ({prepared.tokenized.truncated} shortened to fit)")
-    print(f"The first, its answer in [[ ]]: {first if len(first) <= 400 else f'... {first[-400:]}'}")
-
-
-def _measure(prepared: Prepared, batching: BatchOptions) -> Measurement:
-    from spectral_surgery.measuring import load_prepared, measure_prepared
-
-    live = load_prepared(prepared)
-    with console.progress("measuring", "rows") as progress:
-        return measure_prepared(prepared, live, batching, progress=progress)
 
 
 def _say_edit(policy: policies.Policy, constraint: Constraint, report: EditReport) -> None:

@@ -27,14 +27,9 @@ Vector = Float[np.ndarray, " r"]
 PAPER = "arXiv 2603.03995"
 
 
-@register("abs_select", source=f"Sec. 3.3, {PAPER}", needs="sensitivity", energy="nuclear")
 @dataclass(frozen=True)
-class AbsSelect:
-    """Amplifies the most sensitive components and suppresses the least sensitive, by magnitude.
-
-    The first ``min(r, max(round(core_fraction r), min_core))`` in descending magnitude get ``amplify``, the last
-    ``round(noise_fraction r)`` of the others ``suppress``, the rest ``middle`` (round half to even).
-    """
+class _Levels:
+    """Three gates and how many components get each."""
 
     core_fraction: float = 0.2
     """Share of components that is amplified, in [0, 1]."""
@@ -43,23 +38,42 @@ class AbsSelect:
     min_core: int = 1
     """At least so many are amplified."""
     amplify: float = 1.25
-    """Gate of the most sensitive."""
+    """Gate of the amplified."""
     suppress: float = 0.8
-    """Gate of the least sensitive."""
+    """Gate of the suppressed."""
     middle: float = 1.0
     """Gate of the others."""
-    aggregate: Aggregate = "mean_abs"
-    """Over examples: mean of |g| (paper) or |mean of g| (authors' code)."""
 
     def __post_init__(self) -> None:
         check_ranges(self)
 
+    def by_rank(self, order: np.ndarray) -> Vector:
+        """Returns ``amplify`` for the first components of an order, ``suppress`` for the last, else ``middle``."""
+        r = len(order)
+        core = min(r, max(round(r * self.core_fraction), self.min_core))
+        noise = max(0, min(round(r * self.noise_fraction), r - core))
+        alpha = np.full(r, self.middle)
+        alpha[order[:core]] = self.amplify
+        alpha[order[r - noise :]] = self.suppress
+        return alpha
+
+
+@register("abs_select", source=f"Sec. 3.3, {PAPER}", needs="sensitivity", energy="nuclear")
+@dataclass(frozen=True)
+class AbsSelect(_Levels):
+    """Amplifies the most sensitive components and suppresses the least sensitive, by magnitude.
+
+    The first ``min(r, max(round(core_fraction r), min_core))`` in descending magnitude get ``amplify``, the last
+    ``round(noise_fraction r)`` of the others ``suppress``, the rest ``middle`` (round half to even).
+    """
+
+    aggregate: Aggregate = "mean_abs"
+    """Over examples: mean of |g| (paper) or |mean of g| (authors' code)."""
+
     def gate(self, module: ModuleMeasurement, rng: np.random.Generator) -> Vector:
         """Returns one of three levels for each component."""
         x = magnitude(module, self.aggregate)
-        if _flat(x):
-            return np.ones_like(x)
-        return _by_rank(np.argsort(-x, kind="stable"), self)
+        return np.ones_like(x) if _flat(x) else self.by_rank(np.argsort(-x, kind="stable"))
 
 
 @register("smooth_abs", source=f"Eq. 6, {PAPER}", needs="sensitivity", energy="nuclear")
@@ -152,31 +166,15 @@ class GradDirection:
 
 @register("random_index", source=f"Sec. 3.3, {PAPER}", needs="nothing", energy="nuclear")
 @dataclass(frozen=True)
-class RandomIndex:
+class RandomIndex(_Levels):
     """Gives abs_select's gates to randomly chosen components: the paper's control.
 
     It has abs_select's multiset of gates and not its edit size; for a control of equal size see ``random``.
     """
 
-    core_fraction: float = 0.2
-    """Share of components that is amplified."""
-    noise_fraction: float = 0.2
-    """Share of components that is suppressed."""
-    min_core: int = 1
-    """At least so many are amplified."""
-    amplify: float = 1.25
-    """Gate of the amplified."""
-    suppress: float = 0.8
-    """Gate of the suppressed."""
-    middle: float = 1.0
-    """Gate of the others."""
-
-    def __post_init__(self) -> None:
-        check_ranges(self)
-
     def gate(self, module: ModuleMeasurement, rng: np.random.Generator) -> Vector:
         """Returns the three levels on a random order."""
-        return _by_rank(rng.permutation(len(module.S)), self)
+        return self.by_rank(rng.permutation(len(module.S)))
 
 
 @register("double_smooth", source="authors' code", needs="sensitivity", energy="nuclear")
@@ -278,16 +276,6 @@ def magnitude(module: ModuleMeasurement, aggregate: Aggregate) -> Vector:
 def sigmoid(x: Vector) -> Vector:
     """Returns ``1 / (1 + exp(-x))`` without overflow."""
     return 0.5 * (1 + np.tanh(0.5 * x))
-
-
-def _by_rank(order: np.ndarray, levels: AbsSelect | RandomIndex) -> Vector:
-    r = len(order)
-    core = min(r, max(round(r * levels.core_fraction), levels.min_core))
-    noise = max(0, min(round(r * levels.noise_fraction), r - core))
-    alpha = np.full(r, levels.middle)
-    alpha[order[:core]] = levels.amplify
-    alpha[order[r - noise :]] = levels.suppress
-    return alpha
 
 
 def _standardised(centred: Vector, spread: float, at: ZScore) -> Vector:
