@@ -10,6 +10,7 @@ import pytest
 
 from spectral_surgery import policies
 from spectral_surgery.cli import parse
+from spectral_surgery.cli.commands import Command
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -26,7 +27,7 @@ def commands() -> list[str]:
 
 @pytest.mark.parametrize("command", commands())
 def test_every_command_in_the_documentation_parses(command: str) -> None:
-    parse(shlex.split(command, comments=True)[1:])
+    assert isinstance(parse(shlex.split(command, comments=True)[1:]), Command)
 
 
 def test_the_documentation_has_commands() -> None:
@@ -44,7 +45,9 @@ def test_every_python_example_compiles_and_its_imports_exist(page: pathlib.Path)
     for block in blocks(page, "python"):
         compile(block, str(page), "exec")
         imports = "\n".join(line for line in block.splitlines() if line.startswith(("from ", "import ")))
-        exec(imports, {})
+        names: dict[str, object] = {}
+        exec(imports, names)
+        assert None not in names.values()
 
 
 def test_the_table_of_policies_is_the_registry_s() -> None:
