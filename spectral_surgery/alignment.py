@@ -77,6 +77,8 @@ class Matrix:
     """For that mean."""
     cosine_mean: float
     cosine_by_chance: Baseline
+    angle_by_chance: Baseline
+    """For the smallest angle of one pair, degrees."""
 
     @property
     def times_chance(self) -> float:
@@ -102,6 +104,7 @@ class Curve:
     overlap_by_chance: Baseline
     """For one layer."""
     cosine_by_chance: Baseline
+    angle_by_chance: Baseline
 
     @property
     def name(self) -> str:
@@ -223,6 +226,7 @@ def _matrix(
         overlap_by_chance=geometry.overlap_baseline(k, dimension, max(pairs, 1)),
         cosine_mean=geometry.off_diagonal_mean(cosine),
         cosine_by_chance=geometry.cosine_baseline(dimension, max(lines, 1)),
+        angle_by_chance=geometry.angle_baseline(k, dimension),
     )
 
 
@@ -279,6 +283,7 @@ def _curve(
         angle=np.where(closed, geometry.angles(between)[:, 0], np.nan),
         overlap_by_chance=geometry.overlap_baseline(k, dimension),
         cosine_by_chance=geometry.cosine_baseline(dimension),
+        angle_by_chance=geometry.angle_baseline(k, dimension),
     )
 
 

@@ -22,7 +22,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from statistics import NormalDist
 
 import numpy as np
 from jaxtyping import Float
@@ -183,7 +182,7 @@ def chance_limit(k: int, d: int, *, comparisons: int = 1, pairs: int = 1, rate: 
     """Returns an overlap that no random comparison of a family passes, with probability ``1 - rate``.
 
     Bonferroni's bound over the family, on a gamma distribution with the exact mean ``k / d`` and variance
-    ``2 (d - k)^2 / (d^2 (d - 1) (d + 2))`` of a random overlap, by the Wilson-Hilferty approximation of its quantile.
+    ``2 (d - k)^2 / (d^2 (d - 1) (d + 2))`` of a random overlap.
     For ``|cos|`` take k = 1 and the square root.
 
     Args:
@@ -193,10 +192,11 @@ def chance_limit(k: int, d: int, *, comparisons: int = 1, pairs: int = 1, rate: 
         pairs: Number of independent overlaps that each figure is a mean of.
         rate: Probability that a random family passes the limit anywhere.
     """
+    from scipy.special import gammaincinv
+
     if k >= d:
         return 1.0
     mean = k / d
     variance = 2 * (d - k) ** 2 / (d**2 * (d - 1) * (d + 2) * pairs)
     shape = mean**2 / variance
-    z = NormalDist().inv_cdf(1 - rate / comparisons)
-    return min(1.0, mean * (1 - 1 / (9 * shape) + z / (3 * math.sqrt(shape))) ** 3)
+    return min(1.0, mean / shape * float(gammaincinv(shape, 1 - rate / comparisons)))

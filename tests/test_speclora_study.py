@@ -24,7 +24,6 @@ from spectral_surgery.speclora.study import (
     pairs,
     raised_ranks,
     study,
-    t_quantile,
     variants,
 )
 
@@ -32,11 +31,6 @@ from spectral_surgery.speclora.study import (
 def examples(first: int, count: int) -> list[Example]:
     rows = [{"prompt": f"double {i}:", "answer": str(2 * i)} for i in range(first, first + count)]
     return to_examples(rows, DataOptions())
-
-
-@pytest.mark.parametrize("freedom", [1, 2, 3, 9, 30])
-def test_the_quantile_is_student_s(freedom: int) -> None:
-    assert t_quantile(freedom) == pytest.approx(scipy.stats.t.ppf(0.975, freedom), rel=1e-4)
 
 
 def test_the_interval_is_that_of_a_paired_t_test_over_seeds() -> None:

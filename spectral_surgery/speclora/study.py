@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float
+from scipy.special import stdtrit
 
 from spectral_surgery.calibration import Batch, Tokenized, batches, tokenize
 from spectral_surgery.errors import InputError
@@ -262,21 +263,10 @@ def _scored(
     return losses, np.array(right, dtype=np.float64)
 
 
-def t_quantile(freedom: int, share: float = 0.95) -> float:
-    """Returns the t that holds a share of Student's distribution between -t and t.
-
-    With ``t = sqrt(n) tan(angle)`` its density over the angle is ``cos(angle)^(n - 1)``, integrated here numerically.
-    """
-    angles = np.linspace(0, np.pi / 2, 400_001)
-    density = np.cos(angles) ** (freedom - 1)
-    mass = np.concatenate([[0], np.cumsum((density[1:] + density[:-1]) / 2)])
-    return math.sqrt(freedom) * math.tan(np.interp(share, mass / mass[-1], angles))
-
-
 def paired_interval(difference: Float[np.ndarray, "seeds rows"]) -> tuple[float, float]:
     """Returns the mean of paired differences and half the width of its 95 % interval over seeds."""
     means = difference.mean(1)
-    half = t_quantile(len(means) - 1) * means.std(ddof=1) / math.sqrt(len(means))
+    half = stdtrit(len(means) - 1, 0.975) * means.std(ddof=1) / math.sqrt(len(means))
     return float(means.mean()), float(half)
 
 
