@@ -7,7 +7,9 @@ memory stays at a few leading directions a module and time is linear in modules.
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
@@ -134,12 +136,14 @@ def _dissect(readable: Readable, selection: Selection, k: int, *, directions: bo
     updates = readable.adapter.updates
     paths = select(updates, selection)
     modules, kept = {}, {}
-    for count, path in enumerate(paths):
-        modules[path], leading = dissect(path, updates[path], k if directions else 0)
-        if leading:
-            kept[path] = leading
-        if count % TIDY == 0:
-            _give_memory_back()
+    with ThreadPoolExecutor(os.cpu_count(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        found = pool.map(lambda path: dissect(path, updates[path], k if directions else 0), paths)
+        for count, (path, (summary, leading)) in enumerate(zip(paths, found, strict=True)):
+            modules[path] = summary
+            if leading:
+                kept[path] = leading
+            if count % TIDY == 0:
+                _give_memory_back()
     return Dissected(readable, modules, kept)
 
 
