@@ -40,8 +40,10 @@ __all__ = [
     "chat_renderer",
     "data_digest",
     "hash_order",
+    "last_ids",
     "load_examples",
     "preview",
+    "prompt_ids",
     "read_rows",
     "split_examples",
     "tokenize",
@@ -266,6 +268,28 @@ def _truncate(ids: list[int], start: int, bos: int | None, max_length: int) -> t
     return head + prompt + answer, max(len(head) + len(prompt), 1)
 
 
+def prompt_ids(example: Example, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The token ids of a prompt that is to be answered, without an end of text.
+
+    Raises:
+        DataError: If the prompt has no token.
+    """
+    ids = list(tokenizer(example.prompt, add_special_tokens=not example.templated, verbose=False)["input_ids"])
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    if bos is not None and ids[:2] == [bos, bos]:
+        ids = ids[1:]
+    if not example.templated and eos != bos and ids[-1:] == [eos]:
+        ids = ids[:-1]
+    if not ids:
+        raise DataError(f"row {example.row} (counting from 0): the prompt {example.prompt[:40]!r} has no token.")
+    return ids
+
+
+def last_ids(ids: list[int], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[int]:
+    """At most ``max_length`` ids: of more, the last, after the beginning-of-text token where there is one."""
+    return _truncate(ids, len(ids), tokenizer.bos_token_id, max_length)[0]
+
+
 def preview(example: TokenizedExample, tokenizer: PreTrainedTokenizerBase) -> str:
     """The example's text as the model reads it, with ``[[`` and ``]]`` around what is labelled."""
     prompt, answer = (
@@ -294,6 +318,12 @@ class Batch:
     def inputs(self) -> dict[str, Tensor]:
         """What a model takes by name."""
         return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, rows: slice) -> Batch:
+        return Batch(self.input_ids[rows], self.attention_mask[rows], self.labels[rows], self.indices[rows])
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch on a device."""
