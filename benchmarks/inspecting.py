@@ -5,6 +5,10 @@ in a process of its own, and prints a table. The results are also written as JSO
 for the peak of resident memory.
 
     python benchmarks/inspecting.py --output build/benchmark-inspect
+    python benchmarks/inspecting.py --base
+
+The second holds one layer's updates against weights of full size, of a random bulk with leading directions above it,
+and says what all 32 layers would take by arithmetic.
 """
 
 from __future__ import annotations
@@ -69,6 +73,33 @@ def make(folder: Path, layers: int) -> float:
     return (folder / "adapter_model.safetensors").stat().st_size / 2**20
 
 
+def weight(out: int, inside: int, generator: Any) -> Any:
+    """Returns a weight with a random bulk, whose largest singular value is about 2, and 48 directions above it."""
+    import torch
+
+    bulk = torch.randn(out, inside, generator=generator) / (out**0.5 + inside**0.5) * 2
+    U, V = (torch.linalg.qr(torch.randn(size, 48, generator=generator))[0] for size in (out, inside))
+    return (bulk + (U * (16 * torch.arange(1, 49) ** -0.5)) @ V.T).bfloat16()
+
+
+def against_base(output: Path, repeats: int) -> None:
+    """Prints how long one layer's updates take beside weights of full size."""
+    import torch
+    from safetensors.torch import save_file
+
+    folder, base = output / "layers-1", output / "base-1"
+    make(folder, 1)
+    base.mkdir(parents=True, exist_ok=True)
+    generator = torch.Generator().manual_seed(0)
+    weights = {f"model.layers.0.{kind}.weight": weight(*shape, generator) for kind, shape in KINDS.items()}
+    save_file(weights, base / "model.safetensors")
+    without = measure(folder, repeats)
+    found = measure(folder, repeats, "--base-weights", str(base))
+    wall, cpu = (found[name] - without[name] for name in ("inside_s", "cpu_s"))
+    print(f"One layer of seven weights: {wall:.1f} s, CPU {cpu:.1f} s, memory {found['memory_mib']:.0f} MiB above torch.")
+    print(f"By arithmetic 32 layers: {32 * wall / 60:.0f} minutes, CPU {32 * cpu / 60:.0f} minutes.")
+
+
 def measure(folder: Path, repeats: int, *options: str) -> dict[str, float]:
     """Returns medians over runs: seconds of the process, of the command in it and of CPU, and MiB above torch."""
     runs = []
@@ -84,7 +115,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("build/benchmark-inspect"))
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--base", action="store_true", help="measure one layer against weights of full size")
     arguments = parser.parse_args()
+    if arguments.base:
+        against_base(arguments.output, arguments.repeats)
+        return
     rows: list[dict[str, Any]] = []
     heads = ("layers", "geometry", "file MiB", "process s", "command s", "CPU s", "MiB", "/ file")
     print(" ".join(f"{head:>9}" for head in heads))
@@ -96,6 +131,10 @@ def main() -> None:
             rows.append({"layers": layers, "geometry": geometry, "file_mib": size, **found})
             figures = (size, *found.values(), found["memory_mib"] / size)
             print(f"{layers:>9} {geometry:>9} " + " ".join(f"{figure:>9.2f}" for figure in figures), flush=True)
+    for geometry in ("no", "yes"):
+        small, middle, large = (row["cpu_s"] for row in rows if row["geometry"] == geometry)
+        print(f"geometry {geometry}: a layer more costs {(middle - small) / 8:.3f} s of CPU from 8 to 16 layers and "
+              f"{(large - middle) / 16:.3f} s from 16 to 32.")  # fmt: skip
     about = {"python": platform.python_version(), "cores": os.cpu_count(), "load": os.getloadavg(), "rows": rows}
     (arguments.output / "results.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
 

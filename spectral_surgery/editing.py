@@ -56,7 +56,7 @@ def gates_for(
         )
     selection = selection or Selection()
     if sensitivity is None:
-        measured = adapter.spectrum_only(select(adapter.updates, selection))
+        measured = adapter.spectrum_only(adapter.select(selection))
     else:
         check_measured_on(adapter, sensitivity)
         measured = sensitivity.only(_measured_paths(adapter, sensitivity, selection))

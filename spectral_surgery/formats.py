@@ -226,6 +226,46 @@ def to_examples(
         raise DataError(f"{source}: {fault}" if source else str(fault)) from fault
 
 
+def readable_examples(
+    rows: Sequence[Row],
+    options: DataOptions,
+    *,
+    source: str = "",
+    render: Render | None = None,
+    formatter: Formatter | None = None,
+) -> tuple[list[Example], list[str]]:
+    """The examples of the rows that hold one, in their order, and what is wrong with each other row.
+
+    Args:
+        rows: What the data set holds, one mapping from column to value a row.
+        options: As :func:`to_examples` takes them.
+        source: Path or Hub name, for the choice of a formatter and for error messages.
+        render: As :func:`to_examples` takes it.
+        formatter: Texts to use in place of the options' format.
+
+    Raises:
+        DataError: If the columns fit no format, or one is missing in every row.
+    """
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    try:
+        read = _formatted(formatter, "of this recipe", columns) if formatter else _reader(rows, options, source)
+    except DataError as fault:
+        raise DataError(f"{source}: {fault}" if source else str(fault)) from fault
+    examples: list[Example] = []
+    faults: list[str] = []
+    for number, row in enumerate(rows):
+        try:
+            with _numbered(number):
+                draft = read(row)
+                for what, text in (("no answer", draft.answer), ("an empty prompt", draft.prompt)):
+                    if not text.strip():
+                        raise RowFault(f"it has {what}.")
+                examples.append(_example(row, number, draft, options.group_column, render))
+        except DataError as fault:
+            faults.append(str(fault))
+    return examples, faults
+
+
 @contextmanager
 def _numbered(number: int) -> Iterator[None]:
     """Raises a fault in a row again, with the row's number."""
@@ -270,7 +310,7 @@ def _reader(rows: Sequence[Row], options: DataOptions, source: str) -> Read:
         named_column(columns, options.group_column, "--group-column")
     kind = options.format if options.format != "auto" else _detect(rows, columns, options, source)
     if kind in FORMATTERS:
-        return _formatter_reader(kind, columns)
+        return _formatted(FORMATTERS[kind], kind, columns)
     if kind == "prompt":
         return _pair_reader(columns, options)
     if kind == "chat":
@@ -307,12 +347,11 @@ def _detect(rows: Sequence[Row], columns: list[str], options: DataOptions, sourc
     )
 
 
-def _formatter_reader(key: str, columns: list[str]) -> Read:
+def _formatted(formatter: Formatter, name: str, columns: list[str]) -> Read:
     """Reads rows with one of the published texts."""
-    formatter = FORMATTERS[key]
     if missing := [column for column in formatter.columns if column not in columns]:
         raise DataError(
-            f"the format {key} needs the column {missing[0]!r}, found {listed(columns)}; choose another --format."
+            f"the format {name} needs the column {missing[0]!r}, found {listed(columns)}; choose another --format."
         )
     asked = [name for name in formatter.columns if f"{{{name}}}" in formatter.prompt]
     told = [name for name in formatter.columns if f"{{{name}}}" in formatter.answer]

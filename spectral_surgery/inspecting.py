@@ -6,11 +6,10 @@ memory stays at a few leading directions a module and time is linear in modules.
 
 from __future__ import annotations
 
-import ctypes
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
@@ -19,6 +18,7 @@ import torch
 
 from spectral_surgery import alignment, weight_study
 from spectral_surgery.adapter import Adapter, AdapterConfig, files
+from spectral_surgery.adapter.kinds import DTYPES
 from spectral_surgery.anatomy import Leading, ModuleSummary, dissect, update_cosine
 from spectral_surgery.editing import check_measured_on
 from spectral_surgery.errors import AdapterError
@@ -27,11 +27,10 @@ from spectral_surgery.inspection import Comparison, Inspection
 from spectral_surgery.measurement import Measurement
 from spectral_surgery.selection import Selection, select
 from spectral_surgery.significance import respond
+from spectral_surgery.spectrum import finite
 from spectral_surgery.weight_files import WeightFiles
 from spectral_surgery.weight_study import BaseView
 
-TIDY = 16
-"""Modules after which freed memory is given back."""
 DIGITS = 6
 """Significant digits of figures in JSON."""
 
@@ -71,9 +70,11 @@ def read(name: str, *, revision: str | None = None, subfolder: str | None = None
 
 def _finite_part(name: str, revision: str | None, subfolder: str | None) -> Readable | None:
     folder = files.locate(name, revision=revision, subfolder=subfolder)
+    if folder.is_file():
+        return None
     config = AdapterConfig(files.read_config(folder))
     tensors, metadata = files.read_tensors(folder)
-    bad = [key for key, tensor in tensors.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    bad = [key for key, tensor in tensors.items() if tensor.dtype in DTYPES and not finite(tensor)]
     owners = {key.rpartition(".lora_")[0] or key for key in bad}
     left = {key: tensor for key, tensor in tensors.items() if (key.rpartition(".lora_")[0] or key) not in owners}
     if not bad or not any("lora_" in key for key in left):
@@ -102,7 +103,7 @@ def inspect(
         geometry: Whether directions are compared.
         sensitivities: Measurements of any of the adapters, matched by hash.
         base: Weights of the base model that all of the adapters belong to.
-        progress: Told how many modules were held against the base, and of how many.
+        progress: Told how many base weights were compared with, and of how many.
 
     Raises:
         SelectionError: If the selection names nothing in an adapter.
@@ -138,19 +139,11 @@ def _dissect(readable: Readable, selection: Selection, k: int, *, directions: bo
     modules, kept = {}, {}
     with ThreadPoolExecutor(os.cpu_count(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
         found = pool.map(lambda path: dissect(path, updates[path], k if directions else 0), paths)
-        for count, (path, (summary, leading)) in enumerate(zip(paths, found, strict=True)):
+        for path, (summary, leading) in zip(paths, found, strict=True):
             modules[path] = summary
             if leading:
                 kept[path] = leading
-            if count % TIDY == 0:
-                _give_memory_back()
     return Dissected(readable, modules, kept)
-
-
-def _give_memory_back() -> None:
-    """Returns freed memory to the system where glibc holds it: it keeps the holes between small values that stay."""
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _view(one: Dissected, k: int, geometry: bool, name: str) -> Inspection:
@@ -160,7 +153,7 @@ def _view(one: Dissected, k: int, geometry: bool, name: str) -> Inspection:
         digest=adapter.digest,
         base_model=adapter.config.base_model,
         parameters=sum(update.A.numel() + update.B.numel() for update in adapter.updates.values()),
-        other_tensors=len(adapter.tensors) - sum(len(stored.claims) for stored in adapter.stored.values()),
+        other_tensors=len(set(adapter.tensors).difference(*(stored.claims for stored in adapter.stored.values()))),
         nonfinite=one.readable.nonfinite,
         modules=one.modules,
         k=k,
@@ -203,14 +196,14 @@ def _with_base(
     progress: Callable[[int, int], None],
 ) -> list[Inspection]:
     seen: list[dict[str, BaseView]] = [{} for _ in found]
-    total, done = sum(len(one.modules) for one in found), 0
-    for one, views_of in zip(found, seen, strict=True):
-        updates = one.readable.adapter.updates
-        for path, leading in one.leading.items():
-            W = base.weight(path, one.modules[path].shape)
-            views_of[path] = weight_study.view(W, updates[path], leading.U, leading.V)
-            done += 1
-            progress(done, total)
+    weights = list(dict.fromkeys((path, one.modules[path].shape) for one in found for path in one.leading))
+    for done, (path, shape) in enumerate(weights, 1):
+        before = weight_study.known(base.weight(path, shape))
+        for one, views_of in zip(found, seen, strict=True):
+            if path in one.leading and one.modules[path].shape == shape:
+                leading = one.leading[path]
+                views_of[path] = weight_study.view(before, one.readable.adapter.updates[path], leading.U, leading.V)
+        progress(done, len(weights))
     return [replace(view, base=views_of) for view, views_of in zip(views, seen, strict=True)]
 
 
@@ -242,6 +235,11 @@ def _json(inspection: Inspection) -> dict[str, Any]:
         "findings": plain(findings(inspection)),
         "total": plain(inspection.total),
         "kinds": {group.name: plain(inspection.aggregate(group.paths)) for group in inspection.groups},
+        "blocks": {
+            f"{family}.{number}": plain(one)
+            for family, blocks in inspection.blocks.items()
+            for number, one in blocks.items()
+        },
         "layers": {str(number): plain(one) for number, one in inspection.layers.items()},
         "modules": [_module_json(inspection, path) for path in inspection.modules],
         "k": inspection.k,

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Float
 
 from spectral_surgery.alignment import Curve, Group, Matrix, groups
+from spectral_surgery.selection import block
 from spectral_surgery.significance import Response
 
 if TYPE_CHECKING:
@@ -108,6 +109,18 @@ class Inspection:
             for number, path in zip(group.layers, group.paths, strict=True):
                 paths.setdefault(number, []).append(path)
         return {number: self.aggregate(paths[number]) for number in sorted(paths)}
+
+    @property
+    def blocks(self) -> dict[str, dict[int, Aggregate]]:
+        """Every numbered block's modules together, by family (input_blocks, output_blocks) and number."""
+        paths: dict[tuple[str, int], list[str]] = {}
+        for path in self.modules:
+            if found := block(path):
+                paths.setdefault(found, []).append(path)
+        families: dict[str, dict[int, Aggregate]] = {}
+        for family, number in sorted(paths, key=lambda one: one[1]):
+            families.setdefault(family, {})[number] = self.aggregate(paths[family, number])
+        return families
 
     def aggregate(self, paths: Iterable[str]) -> Aggregate:
         """Returns some modules together."""

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from spectral_surgery.adapter import Adapter
 from spectral_surgery.calibration import (
+    Batch,
     Tokenized,
     batches,
     data_digest,
@@ -34,11 +35,21 @@ from spectral_surgery.calibration import (
 from spectral_surgery.errors import DataError, RunError
 from spectral_surgery.formats import DataOptions, Example
 from spectral_surgery.live import Live, NotPerExampleError, Probe
-from spectral_surgery.live.loading import base_name, check_fits, load, load_config, load_tokenizer
+from spectral_surgery.live.backward import backward
+from spectral_surgery.live.loading import (
+    TASKS,
+    base_name,
+    check_fits,
+    check_invoked,
+    load,
+    load_config,
+    load_tokenizer,
+)
 from spectral_surgery.manifest import run_record
 from spectral_surgery.measurement import Measurement, ModuleMeasurement
 from spectral_surgery.objective import Loss, answer_loss
 from spectral_surgery.options import BatchOptions, ModelOptions
+from spectral_surgery.paired import tokenize_apart
 from spectral_surgery.selection import Selection, select
 
 if TYPE_CHECKING:
@@ -83,13 +94,14 @@ def prepare(
     """
     data_options, model = data_options or DataOptions(), model or ModelOptions()
     paths = select(adapter.updates, selection or Selection())
-    config = load_config(adapter, model)
+    config = load_config(adapter, model, tasks=TASKS)
     tokenizer = load_tokenizer(adapter, model)
     found = load_examples(str(data), data_options, tokenizer, adapter.folder)
     count = min(data_options.examples, len(hash_order(found, data_options.seed)))
     examples = split_examples(found, (count, 0, 0), data_options.seed).calibration
-    tokenized = tokenize(examples, tokenizer, data_options.max_length)
+    tokenized = _tokenized(examples, tokenizer, data_options.max_length, adapter, config)
     check_fits(adapter, config, trust_remote_code=model.trust_remote_code)
+    check_invoked(adapter, tokenized.examples)
     about = {
         "data": str(data),
         "data_sha256": data_digest(examples),
@@ -101,6 +113,13 @@ def prepare(
         "run": json.dumps(run_record()),
     }
     return Prepared(adapter, paths, tokenizer, examples, tokenized, model, about)
+
+
+def _tokenized(examples: list[Example], tokenizer: Any, longest: int, adapter: Adapter, config: Any) -> Tokenized:
+    task = adapter.config.task_type
+    if task in ("SEQ_2_SEQ_LM", "SEQ_CLS"):
+        return tokenize_apart(examples, tokenizer, longest, config, classes=task == "SEQ_CLS")
+    return tokenize(examples, tokenizer, longest)
 
 
 def measure(
@@ -228,8 +247,9 @@ def measure_live(
     order: list[int] = []
     parts: list[_Part] = []
     with live.still(checkpointing=checkpointing):
+        together = True
         for batch in batches:
-            part = _measured(live, batch, loss)
+            part, together = _measured(live, batch, loss, together)
             order += _indices(batch, len(order))
             parts.append(part)
             if progress:
@@ -260,14 +280,20 @@ class _Part:
         )
 
 
-def _measured(live: Live, batch: Any, loss: Loss) -> _Part:
+def _measured(live: Live, batch: Any, loss: Loss, together: bool) -> tuple[_Part, bool]:
+    """Returns what a batch gives, and whether its examples could be told apart in one pass."""
+    if together:
+        try:
+            return _fitted(live, batch, loss), True
+        except NotPerExampleError as error:
+            log.warning("Measuring one example at a time: %s.", error)
+    return _Part.joined([_fitted(live, piece, loss) for piece in _split(batch, 1)]), False
+
+
+def _fitted(live: Live, batch: Any, loss: Loss) -> _Part:
+    """Returns what a batch gives, in halves where it does not fit into memory."""
     try:
         return _one_pass(live, batch, loss)
-    except NotPerExampleError as error:
-        if _size(batch) == 1:
-            raise
-        log.warning("Measuring one example at a time: %s.", error)
-        pieces = _split(batch, 1)
     except torch.OutOfMemoryError as error:
         if _size(batch) == 1:
             raise RunError(
@@ -275,8 +301,7 @@ def _measured(live: Live, batch: Any, loss: Loss) -> _Part:
                 "smaller --max-length."
             ) from error
         log.warning("Out of memory with %d examples at once; going on with half of them.", _size(batch))
-        pieces = _split(batch, (_size(batch) + 1) // 2)
-    return _Part.joined([_measured(live, piece, loss) for piece in pieces])
+    return _Part.joined([_fitted(live, half, loss) for half in _split(batch, (_size(batch) + 1) // 2)])
 
 
 def _one_pass(live: Live, batch: Any, loss: Loss) -> _Part:
@@ -295,7 +320,7 @@ def _one_pass(live: Live, batch: Any, loss: Loss) -> _Part:
                 f"The loss of {int((~losses.isfinite()).sum())} of {size} examples is not finite. "
                 f"Measure with --dtype bfloat16 or float32, and check these rows."
             )
-        losses.sum().backward()
+        backward(losses, probe, live.model)
     return _Part.of(losses, probe)
 
 
@@ -344,13 +369,15 @@ def _to(batch: Any, device: torch.device) -> Any:
 
 def _split(batch: Any, size: int) -> list[Any]:
     """Returns the batch in pieces of at most ``size`` examples."""
+    return [_part(batch, slice(start, start + size)) for start in range(0, _size(batch), size)]
+
+
+def _part(batch: Any, rows: slice) -> Any:
+    if isinstance(batch, Batch):
+        return batch[rows]
     fields = dict(batch) if isinstance(batch, Mapping) else vars(batch)
-    pieces = []
-    for start in range(0, _size(batch), size):
-        rows = slice(start, start + size)
-        piece = {key: value[rows] if isinstance(value, Tensor) else value for key, value in fields.items()}
-        pieces.append(piece if isinstance(batch, Mapping) else replace(batch, **piece))
-    return pieces
+    piece = {key: value[rows] if isinstance(value, Tensor) else value for key, value in fields.items()}
+    return piece if isinstance(batch, Mapping) else replace(batch, **piece)
 
 
 def _mask(batch: Any) -> Tensor | None:

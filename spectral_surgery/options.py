@@ -17,7 +17,7 @@ class ModelOptions:
     tokenizer: str | None = None
     """Tokenizer folder or Hub id; by default the one saved beside the adapter, else the base model's."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """Type of the base weights while measuring; auto is the stored one. The adapter itself stays in float32."""
+    """Type of the base weights, and of merged ones; auto is the stored one. The adapter itself stays in float32."""
     device: str | None = None
     """Device such as cuda:1 or cpu; by default the first accelerator, else the CPU."""
     device_map: str | None = None

@@ -1,4 +1,4 @@
-"""Static figures at paper quality: the heat-map wall, the synergy curves and the spectrum fan.
+"""Static figures at paper quality: heat-map wall, synergy curves, spectrum fan, sensitivities, weights that moved.
 
 Sizes are those of a printed column or page, text is at least 7 points, the colour map (cividis) is legible to
 colour-blind readers and in grey, and lines differ by dash or marker as well as by colour.
@@ -7,13 +7,14 @@ colour-blind readers and in grey, and lines differ by dash or marker as well as 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from spectral_surgery.alignment import Curve, Matrix
+from spectral_surgery.comparing_weights import WeightComparison
 from spectral_surgery.errors import InputError, OutputError
 from spectral_surgery.inspection import Inspection
 
@@ -41,6 +42,8 @@ STYLE: Any = {
     "figure.dpi": 100,
 }
 DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)))
+SIGNED, SCORE = "PuOr_r", 4.0
+"""Colours of signed sensitivities, and the number of standard errors at which they end."""
 CELL = 1.15
 """Inches of one heat map of the wall."""
 
@@ -59,17 +62,32 @@ def save(inspections: Sequence[Inspection], folder: Path, extension: str = "pdf"
         InputError: If matplotlib is not installed, or the format is none of these.
         OutputError: If the folder is a file.
     """
-    if extension not in FORMATS:
-        raise InputError(f"Figures cannot be written as {extension!r}. Choose {', '.join(FORMATS)}.")
-    if folder.exists() and not folder.is_dir():
-        raise OutputError(f"{folder} is a file. Choose a folder for the figures.")
-    folder.mkdir(parents=True, exist_ok=True)
     made = {
         "wall-output": lambda: wall(inspections, "output"),
         "wall-input": lambda: wall(inspections, "input"),
         "synergy": lambda: synergy(inspections),
         "spectra": lambda: fan(inspections),
+        "sensitivities": lambda: sensitivities(inspections),
     }
+    return _save(made, folder, extension)
+
+
+def save_weights(found: WeightComparison, folder: Path, extension: str = "pdf") -> list[Path]:
+    """Writes the figure of weights that moved, and returns its path; see :func:`save`.
+
+    Raises:
+        InputError: If matplotlib is not installed, or the format is unknown.
+        OutputError: If the folder is a file.
+    """
+    return _save({"weights": lambda: weights(found)}, folder, extension)
+
+
+def _save(made: Mapping[str, Callable[[], Figure | None]], folder: Path, extension: str) -> list[Path]:
+    if extension not in FORMATS:
+        raise InputError(f"Figures cannot be written as {extension!r}. Choose {', '.join(FORMATS)}.")
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"{folder} is a file. Choose a folder for the figures.")
+    folder.mkdir(parents=True, exist_ok=True)
     written = []
     with _style():
         for name, draw in made.items():
@@ -227,16 +245,16 @@ def fan(inspections: Sequence[Inspection]) -> Figure | None:
         axes[0].set_ylabel(f"{_short(inspection.name)}\nS / largest S")
     for axis in grid[-1]:
         axis.set_xlabel("component")
-    _layers_bar(figure, grid, inspections)
+    _layers_bar(figure, grid, len(inspections))
     return figure
 
 
-def _layers_bar(figure: Figure, grid: Any, inspections: Sequence[Inspection]) -> None:
+def _layers_bar(figure: Figure, grid: Any, rows: int) -> None:
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import ListedColormap
 
     inks = ScalarMappable(cmap=ListedColormap([_ink(step / 63) for step in range(64)]))
-    bar = figure.colorbar(inks, ax=grid, shrink=0.8, aspect=14 * len(inspections), pad=0.01, ticks=[0, 1])
+    bar = figure.colorbar(inks, ax=grid, shrink=0.8, aspect=14 * rows, pad=0.01, ticks=[0, 1])
     bar.ax.set_yticklabels(["first", "last"])
     bar.set_label("layer", labelpad=-12)
 
@@ -250,6 +268,89 @@ def _fan(axis: Axes, name: str, inspection: Inspection) -> None:
             axis.plot(np.arange(1, len(S) + 1), np.maximum(S / S[0], 1e-4), color=_ink(share), linewidth=0.7)
     axis.set_yscale("log")
     axis.set_title(name)
+
+
+def sensitivities(inspections: Sequence[Inspection]) -> Figure | None:
+    """Returns spectra coloured by signed sensitivity, and under them the sensitivities with their standard errors.
+
+    One column a kind. Colour is ``mean g / standard error``, the number of standard errors from zero; a triangle marks
+    a sign that is significant (up: harmful, down: helpful).
+
+    Returns:
+        None where no adapter has sensitivities.
+    """
+    measured = [inspection for inspection in inspections if inspection.responses]
+    names = list(dict.fromkeys(group.name for inspection in measured for group in inspection.groups))
+    if not names:
+        return None
+    figure = _figure(1.1 + 1.25 * len(names), 0.4 + 2.9 * len(measured))
+    grid = figure.subplots(2 * len(measured), len(names), squeeze=False, sharex=True, sharey="row")
+    for row, inspection in enumerate(measured):
+        for axes, name in zip(grid[2 * row : 2 * row + 2].T, names, strict=True):
+            _sensitivity(axes, name, inspection)
+        grid[2 * row, 0].set_ylabel(f"{_short(inspection.name)}\nS / largest S")
+        grid[2 * row + 1, 0].set_ylabel("dL/dS ± s.e.")
+    for axis in grid[-1]:
+        axis.set_xlabel("component")
+    _signed_bar(figure, grid)
+    return figure
+
+
+def _sensitivity(axes: Any, name: str, inspection: Inspection) -> None:
+    group = next((one for one in inspection.groups if one.name == name), None)
+    for i, path in enumerate(group.paths if group else ()):
+        S, response = np.array(inspection.modules[path].S), inspection.responses.get(path)
+        if response is None or not S.any() or group is None:
+            continue
+        at = np.arange(1, len(S) + 1) + 0.5 * (i / max(1, len(group.paths) - 1) - 0.5)
+        error = response.standard_error
+        score = np.divide(response.mean, error, out=np.zeros_like(error), where=error > 0)
+        axes[1].errorbar(at, response.mean, error, fmt="none", ecolor="0.6", elinewidth=0.5, zorder=1)
+        for sign, marker, size in ((0, "o", 4), (1, "^", 14), (-1, "v", 14)):
+            chosen = response.sign == sign
+            colours: Any = {"c": score[chosen], "cmap": SIGNED, "vmin": -SCORE, "vmax": SCORE}
+            drawn: Any = {"marker": marker, "s": size, "edgecolors": "0.25", "linewidths": 0.25, "zorder": 2}
+            axes[0].scatter(at[chosen], np.maximum(S / S[0], 1e-4)[chosen], **colours, **drawn)
+            axes[1].scatter(at[chosen], response.mean[chosen], **colours, **drawn)
+    axes[0].set_yscale("log")
+    axes[0].set_title(name)
+    axes[1].axhline(0, color="0.4", linewidth=0.5, zorder=0)
+
+
+def _signed_bar(figure: Figure, grid: Any) -> None:
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
+    inks = ScalarMappable(norm=Normalize(-SCORE, SCORE), cmap=SIGNED)
+    bar = figure.colorbar(inks, ax=grid, shrink=0.8, aspect=14 * len(grid), pad=0.01, extend="both")
+    bar.set_label("sensitivity in standard errors; ▲ harmful, ▼ helpful", fontsize=7)
+
+
+def weights(found: WeightComparison) -> Figure | None:
+    """Returns how singular values and output directions moved: one column a kind, one line a layer.
+
+    From above: ratio of singular values by index, |cos| of directions by index, and with the best partner; dashed is
+    no change, and what random directions give.
+    """
+    kinds = found.groups
+    figure = _figure(0.9 + 1.25 * len(kinds), 4.2)
+    grid = figure.subplots(3, len(kinds), squeeze=False, sharex=True, sharey="row")
+    for axes, group in zip(grid.T, kinds, strict=True):
+        studies = [found.studies[path] for path in group.paths]
+        for i, study in enumerate(studies):
+            ink: Any = {"color": _ink(i / max(1, len(studies) - 1)), "linewidth": 0.7}
+            for axis, values in zip(axes, (study.ratio, study.output_by_index, study.output_best), strict=True):
+                axis.plot(np.arange(1, len(values) + 1), values, **ink)
+        axes[0].axhline(1, color="0.4", linestyle="--", linewidth=0.6)
+        for axis, chance in zip(axes[1:], (studies[0].output_by_chance, studies[0].output_best_by_chance), strict=True):
+            axis.axhline(chance.mean, color="0.4", linestyle="--", linewidth=0.6)
+            axis.set_ylim(0, 1.04)
+        axes[0].set_title(group.name)
+        axes[2].set_xlabel("direction")
+    for axis, words in zip(grid[:, 0], ("S after / before", "|cos| by index", "|cos| best partner"), strict=True):
+        axis.set_ylabel(words)
+    _layers_bar(figure, grid, 1)
+    return figure
 
 
 def _ink(share: float) -> Any:

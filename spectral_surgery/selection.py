@@ -52,14 +52,21 @@ class Selection:
 
 
 def kind(path: str) -> str:
-    """Returns the last name of a module path: what kind of module this is."""
-    return path.rpartition(".")[2]
+    """Returns the last name of a module path, such as q_proj or to_out.0: what kind of module this is."""
+    found = re.search(r"[^.]+(?:\.(?:\d+|\*))*$", path)
+    return found[0] if found else path
 
 
 def layer(path: str) -> int | None:
     """Returns the index of the layer that a module path lies in, or None outside numbered layers."""
     found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", path)
     return int(found[1]) if found else None
+
+
+def block(path: str) -> tuple[str, int] | None:
+    """Returns the numbered block that a module path lies in, such as ("unet.input_blocks", 4); None outside of any."""
+    found = re.match(r"(?P<family>.*?)\.(?P<number>\d+)(?:\.|$)", path)
+    return (found["family"], int(found["number"])) if found else None
 
 
 def select(paths: Iterable[str], selection: Selection) -> list[str]:

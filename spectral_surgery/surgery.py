@@ -98,7 +98,7 @@ def _operate(path: str, update: LowRank, gates: Float[np.ndarray, " r"]) -> tupl
         wanted = replace(update, B=edit_left(update.B, spectrum.U, gates))
     else:
         wanted = replace(update, A=edit_right(update.A, spectrum.Vh, gates))
-    factor = wanted.stored.to(update.stored.dtype).contiguous()
+    factor = wanted.stored.to(update.stored.dtype)
     if not factor.isfinite().all():
         raise RunError(
             f"{path}: the edited factor overflows {factor.dtype}. "

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Float
 
 from spectral_surgery.alignment import Group, Matrix
+from spectral_surgery.comparing_weights import WeightComparison
 from spectral_surgery.findings import Finding, findings
 from spectral_surgery.inspection import Comparison, Inspection
 from spectral_surgery.tables import table
@@ -30,6 +31,38 @@ def render(inspections: Sequence[Inspection], *, modules: bool | None = None) ->
         modules: Whether every module gets a row of its own; by default where there are few.
     """
     return "\n\n".join(_one(inspection, modules) for inspection in inspections)
+
+
+def render_weights(found: WeightComparison) -> str:
+    """Returns what moved in a fine-tuned model's weights as text."""
+    header = ["kind", "change by layer", "change", "S x", "last S x", "|cos| by index", "mean", "chance", "best", "chance", "new"]
+    rows = []
+    for group in found.groups:
+        studies = [found.studies[path] for path in group.paths]
+        n = min(len(study.ratio) for study in studies)
+        change = [found.change[path] for path in group.paths]
+        by_index = np.mean([study.output_by_index[:n] for study in studies], 0)
+        rows.append(
+            [
+                group.name,
+                sparkline(change),
+                f"{100 * float(np.nanmean(change)):.2g} %",
+                *(f"{float(np.nanmean([study.ratio[i] for study in studies])):.3f}" for i in (0, n - 1)),
+                sparkline(by_index, top=1.0),
+                f"{by_index.mean():.2f}",
+                f"{studies[0].output_by_chance.mean:.2g}",
+                f"{np.mean([study.output_best.mean() for study in studies]):.2f}",
+                f"{studies[0].output_best_by_chance.mean:.2g}",
+                str(sum(study.nearness.intruders for study in studies)),
+            ]
+        )
+    missing = f" {found.missing} matrices are in one of the two only." if found.missing else ""
+    return (
+        f"{found.after} against {found.before}: {len(found.studies)} weights.{missing}\n\n"
+        f"{table(header, rows, left=2)}\n"
+        f"S x: largest singular value, and the last that was looked at, over those before. |cos|: of output directions "
+        f"with\nthose of the same index, and with the best partner. new: of the first ten, those near to none before."
+    )
 
 
 def sparkline(values: Iterable[float], top: float | None = None) -> str:
@@ -57,6 +90,7 @@ def _one(inspection: Inspection, modules: bool | None) -> str:
     parts = [
         headline(inspection),
         _modules(inspection) if listed else _kinds(inspection),
+        _blocks(inspection),
         _relations(inspection),
         *(_against(inspection, other, comparison) for other, comparison in inspection.against.items()),
         _findings(findings(inspection)),
@@ -140,6 +174,20 @@ def _kinds(inspection: Inspection) -> str:
     return table(header, rows, left=2) + (f"\n{note}{MARK if marked else ''}." if note else "")
 
 
+def _blocks(inspection: Inspection) -> str:
+    """Where blocks come in several families, as in image models: each family, block by block."""
+    families = inspection.blocks
+    if len(families) < 2:
+        return ""
+    rows = []
+    for family, blocks in families.items():
+        norms = [one.delta_norm for one in blocks.values()]
+        numbers = f"{min(blocks)}-{max(blocks)}" if len(blocks) > 1 else str(min(blocks))
+        share = f"{sum(one.share for one in blocks.values()):.0%}".replace("%", " %")
+        rows.append([family, numbers, sparkline(norms), f"{math.hypot(*norms):.3g}", share])
+    return table(["blocks", "numbers", "delta by block", "delta", "share"], rows, left=3)
+
+
 MARK = "; ' marks a space that layers do not share"
 
 
@@ -167,7 +215,9 @@ def _beside_base(inspection: Inspection, group: Group) -> list[str]:
     if not views:
         return []
     relative = float(np.mean([view.relative_norm for view in views]))
-    return [f"{100 * relative:.2g} %", str(sum(view.intruders for view in views))]
+    undecided = sum(view.undecided for view in views)
+    more = f" to {sum(view.intruders for view in views) + undecided}" if undecided else ""
+    return [f"{100 * relative:.2g} %", f"{sum(view.intruders for view in views)}{more}"]
 
 
 def _times(matrix: Matrix | None) -> str:

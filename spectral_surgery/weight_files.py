@@ -10,6 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from spectral_surgery.errors import BaseModelError
+from spectral_surgery.selection import layer
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -52,6 +53,19 @@ class WeightFiles:
             f"{name} in {self.folder} has shape {tuple(tensor.shape)}, and the update of {module} has {shape}. "
             f"Pass the base model that this adapter was trained on."
         )
+
+    def matrices(self) -> dict[str, tuple[int, int]]:
+        """Returns the shape of every weight matrix inside a numbered layer, by module path, from the headers alone."""
+        from safetensors import safe_open
+
+        found = {}
+        for file_name in dict.fromkeys(self.where.values()):
+            with safe_open(self.folder / file_name, framework="pt") as file:
+                for name in (name for name, where in self.where.items() if where == file_name):
+                    shape = file.get_slice(name).get_shape()
+                    if name.endswith(".weight") and len(shape) == 2 and layer(name) is not None:
+                        found[name.removesuffix(".weight")] = (shape[0], shape[1])
+        return found
 
     def _name(self, module: str) -> str:
         name = f"{module}.weight"

@@ -1,17 +1,17 @@
 """What a change does to a weight's own singular directions, without a dense SVD of either.
 
-Two questions have one answer. *Intruders* (Shuttleworth et al., arXiv 2410.21228): which leading singular directions
-of ``W + delta`` are near to none of W? And SpecLoRA's study (arXiv 2505.23099) of fine-tuned against pre-trained
+Two questions have one answer. Which leading singular directions of ``W + delta`` are near to none of W
+(:mod:`~spectral_surgery.intruders`)? And SpecLoRA's study (arXiv 2505.23099) of fine-tuned against pre-trained
 weights: how do singular values and directions move, by index? Both compare the leading singular triples of two
 matrices.
 
 What is exact: Frobenius norms, and everything for matrices of up to :data:`DENSE` rows or columns, which are
 decomposed densely. For larger ones the leading triples come from a block Krylov iteration that only multiplies by the
-matrix; how far they are from exact is returned as ``residual``. Partners are sought among the leading directions of W,
-so a direction from deep in its spectrum that was raised to the top counts as an intruder: the count is an upper bound.
+matrix; how far they are from exact is returned as ``residual``. Those of ``W + delta`` start from W's own and from
+what delta reads, whose span holds nearly all of them, since delta is of low rank.
 
-Deviation from PEFT's ``intruders.py`` and from the study as published: partners are also sought, not only taken by
-index, because neighbouring singular values swap places; both sides are looked at.
+Deviation from the study as published: partners are also sought, not only taken by index, because neighbouring
+singular values swap places; both sides are looked at.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from torch import Tensor
 
 from spectral_surgery import geometry
 from spectral_surgery.geometry import Baseline
+from spectral_surgery.intruders import COUNT, NEGLIGIBLE, Nearness, nearness
 from spectral_surgery.spectrum import LowRank, update_norm
 
 DENSE = 512
@@ -36,8 +37,6 @@ DEPTH = 3
 MOST_ROUNDS = 4
 TOLERANCE = 1e-3
 """Residual, relative to the largest singular value, at which the iteration ends."""
-INTRUDER = 0.5
-"""|cos| under which a direction has no partner in W."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +67,10 @@ class Triples:
     residual: float
     """Largest ``||M v - s u||`` and ``||M^T u - s v||`` over the triples, relative to the largest singular value."""
 
+    def leading(self, n: int) -> Triples:
+        """Returns the first n of them."""
+        return Triples(self.U[:, :n], self.S[:n], self.Vh[:n], self.residual)
+
 
 @dataclass(frozen=True)
 class WeightStudy:
@@ -90,13 +93,13 @@ class WeightStudy:
     output_by_chance: Baseline
     """|cos| of random directions."""
     input_by_chance: Baseline
+    output_best_by_chance: Baseline
+    """|cos| of a random direction with the best of as many random partners."""
+    input_best_by_chance: Baseline
     residual: float
     """Of the worst triple that was used."""
-
-    @property
-    def intruders(self) -> int:
-        """Number of directions after the change with no partner before on either side."""
-        return int((np.maximum(self.output_best, self.input_best) < INTRUDER).sum())
+    nearness: Nearness
+    """How near the first 10 output directions after the change are to any before it."""
 
 
 def unchanged(W: Float[Tensor, "out in"]) -> Changed:
@@ -110,21 +113,48 @@ def changed(before: Changed, update: LowRank) -> Changed:
     return Changed(before.W, update.scale * update.B.to(before.W), update.A.to(before.W))
 
 
-def study(before: Changed, after: Changed, n: int = 16) -> WeightStudy:
+@dataclass(frozen=True)
+class Known:
+    """A weight before the change, with its leading singular triples: all of them where it is small."""
+
+    matrix: Changed
+    triples: Triples
+
+
+def known(W: Float[Tensor, "out in"], n: int = COUNT) -> Known:
+    """Returns a weight with as many of its leading triples as a study of n needs, which is twice as many."""
+    matrix = unchanged(W)
+    small = min(W.shape)
+    return Known(matrix, leading_triples(matrix, small if small <= DENSE else min(2 * n, small)))
+
+
+def study(before: Known, after: Changed, n: int = COUNT) -> WeightStudy:
     """Returns how the leading n singular triples of ``after`` lie to those of ``before``.
 
     Partners are sought among the leading 2 n of ``before``.
 
     Args:
-        before: The base weight, see :func:`unchanged`.
+        before: The base weight, see :func:`known`.
         after: The changed or fine-tuned weight of the same shape.
         n: Number of triples; at most the smaller dimension is taken.
     """
-    limit = min(before.W.shape)
-    return compare(leading_triples(before, min(2 * n, limit)), leading_triples(after, min(n, limit)))
+    n = min(n, *before.matrix.W.shape)
+    new = leading_triples(after, n, start=torch.cat([before.triples.Vh.T, after.A.T], 1))
+    return compare(before.triples.leading(2 * n), new, _near(before, new.U[:, :COUNT]))
 
 
-def compare(old: Triples, new: Triples) -> WeightStudy:
+def _near(before: Known, U: Float[Tensor, "out n"]) -> Nearness:
+    """Returns how near directions are to any of a weight's own: exactly where all of these are known."""
+    W, old = before.matrix.W, before.triples
+    largest = float(old.S[0]) if len(old.S) else 0.0
+    own = old.U[:, (old.S >= NEGLIGIBLE * largest) & (old.S > 0)]
+    best = (own.T @ U).abs().cpu().double().numpy().max(0, initial=0.0)
+    if len(old.S) == min(W.shape) or not largest:
+        return Nearness(best, best)
+    return nearness(lambda X: W @ (W.T @ X), U, best, largest)
+
+
+def compare(old: Triples, new: Triples, near: Nearness) -> WeightStudy:
     """Returns the study of already known triples; ``old`` has at least as many as ``new``."""
     n = len(new.S)
     output, inside = (old.U.T @ new.U).abs().cpu().double().numpy(), (old.Vh @ new.Vh.T).abs().cpu().double().numpy()
@@ -141,18 +171,31 @@ def compare(old: Triples, new: Triples) -> WeightStudy:
         input_angles=geometry.angles((old.Vh[:n] @ new.Vh.T).cpu().double().numpy()),
         output_by_chance=geometry.cosine_baseline(len(old.U)),
         input_by_chance=geometry.cosine_baseline(old.Vh.shape[1]),
+        output_best_by_chance=geometry.best_cosine_baseline(len(old.U), len(old.S)),
+        input_best_by_chance=geometry.best_cosine_baseline(old.Vh.shape[1], len(old.S)),
         residual=max(old.residual, new.residual),
+        nearness=near,
     )
 
 
-def leading_triples(matrix: Changed, n: int, seed: int = 0) -> Triples:
-    """Returns the leading n singular triples, dense where small, else by block Krylov iteration with restarts."""
+def leading_triples(
+    matrix: Changed, n: int, *, start: Float[Tensor, "in m"] | None = None, seed: int = 0
+) -> Triples:
+    """Returns the leading n singular triples, dense where small, else by block Krylov iteration with restarts.
+
+    Args:
+        matrix: Whose.
+        n: How many, at most as many as there are.
+        start: Input directions near to the wanted ones; n or more of them.
+        seed: Of a random start.
+    """
     if min(matrix.W.shape) <= DENSE:
         U, S, Vh = torch.linalg.svd((matrix.W + matrix.B @ matrix.A).double(), full_matrices=False)
         return Triples(U[:, :n].to(matrix.W), S[:n].to(matrix.W), Vh[:n].to(matrix.W), torch.finfo(matrix.W.dtype).eps)
-    generator = torch.Generator().manual_seed(seed)
-    start = torch.randn(matrix.W.shape[1], n + OVERSAMPLED, generator=generator).to(matrix.W)
-    found = _krylov(matrix, start, n)
+    if start is None:
+        generator = torch.Generator().manual_seed(seed)
+        start = torch.randn(matrix.W.shape[1], n + OVERSAMPLED, generator=generator).to(matrix.W)
+    found = _krylov(matrix, torch.linalg.qr(start)[0], n)
     for _ in range(MOST_ROUNDS - 1):
         if found[1].residual < TOLERANCE:
             break
@@ -160,18 +203,19 @@ def leading_triples(matrix: Changed, n: int, seed: int = 0) -> Triples:
     return found[1]
 
 
-def _krylov(matrix: Changed, start: Float[Tensor, "in m"], n: int) -> tuple[Float[Tensor, "in m"], Triples]:
+def _krylov(matrix: Changed, start: Float[Tensor, "in m"], n: int) -> tuple[Float[Tensor, "in next"], Triples]:
     """One round: Rayleigh-Ritz in the Krylov space of ``start``; also returns where the next round starts."""
     columns = [matrix.times(start)]
     for _ in range(DEPTH):
         columns.append(matrix.times(matrix.transposed_times(torch.linalg.qr(columns[-1])[0])))
-    Q = torch.linalg.qr(torch.cat([column / column.norm() for column in columns], 1))[0]
+    tiny = torch.finfo(start.dtype).tiny
+    Q = torch.linalg.qr(torch.cat([column / column.norm().clamp_min(tiny) for column in columns], 1))[0]
     small = matrix.transposed_times(Q)
     V, S, Wh = torch.linalg.svd(small, full_matrices=False)
     U = Q @ Wh.T
     residual = matrix.times(V[:, :n]) - U[:, :n] * S[:n]
     error = float(residual.norm(dim=0).max() / S[0]) if S[0] > 0 else 0.0
-    return V[:, : start.shape[1]], Triples(U[:, :n], S[:n], V[:, :n].T, error)
+    return V[:, : n + OVERSAMPLED], Triples(U[:, :n], S[:n], V[:, :n].T, error)
 
 
 def top_overlap(directions: Float[np.ndarray, "d k"], top: Float[np.ndarray, "d n"]) -> float:
@@ -197,39 +241,39 @@ class BaseView:
     top_by_chance: tuple[float, float]
     """What chance gives for both."""
     intruders: int
-    """Leading directions of W + delta that are near to none of W's known ones; an upper bound."""
+    """Leading output directions of W + delta that are near to none of W's own."""
+    undecided: int
+    """Those of which it is not known; mostly 0."""
     study: WeightStudy
 
 
 def view(
-    W: Float[Tensor, "out in"],
+    before: Known,
     update: LowRank,
     U: Float[np.ndarray, "out k"],
     V: Float[np.ndarray, "in k"],
-    n: int = 16,
+    n: int = COUNT,
 ) -> BaseView:
     """Returns an update against its base weight.
 
     Args:
-        W: The base weight, in the orientation of the update.
+        before: The base weight, in the orientation of the update.
         update: What is added to it.
         U: The update's leading output directions.
         V: Its leading input directions.
         n: Leading directions of W + delta that are looked at.
     """
-    before = unchanged(W)
-    limit = min(W.shape)
-    old = leading_triples(before, min(2 * n, limit))
-    found = compare(old, leading_triples(changed(before, update), min(n, limit)))
-    weight_norm = float(before.W.norm())
+    found = study(before, changed(before.matrix, update), n)
+    weight_norm = float(before.matrix.W.norm())
     delta_norm = abs(update.scale) * update_norm(update.B, update.A)
-    known = len(old.S)
+    top = before.triples.leading(2 * n)
     return BaseView(
         relative_norm=delta_norm / weight_norm if weight_norm else math.nan,
         weight_norm=weight_norm,
-        top_overlap_output=top_overlap(U, old.U.cpu().numpy()),
-        top_overlap_input=top_overlap(V, old.Vh.T.cpu().numpy()),
-        top_by_chance=(known / W.shape[0], known / W.shape[1]),
-        intruders=found.intruders,
+        top_overlap_output=top_overlap(U, top.U.cpu().numpy()),
+        top_overlap_input=top_overlap(V, top.Vh.T.cpu().numpy()),
+        top_by_chance=(len(top.S) / before.matrix.W.shape[0], len(top.S) / before.matrix.W.shape[1]),
+        intruders=found.nearness.intruders,
+        undecided=found.nearness.undecided,
         study=found,
     )

@@ -199,7 +199,7 @@ def test_an_edit_changes_one_factor_of_each_module_and_no_other_tensor(case: Cas
     before, after = raw_tensors(case.folder), raw_tensors(tmp_path / "out")
     assert before.keys() == after.keys()
     changed = {name for name in before if before[name] != after[name]}
-    assert changed == {stored.names["B"] for stored in case.adapter.stored.values()}
+    assert changed == {slot.name for stored in case.adapter.stored.values() for slot in stored.slots}
     assert all(before[name][:2] == after[name][:2] for name in before)
     assert (tmp_path / "out" / CONFIG).read_bytes() == (case.folder / CONFIG).read_bytes()
 

@@ -18,10 +18,20 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from spectral_surgery import Adapter, edit, policies
+from spectral_surgery import Adapter, Live, edit, policies
 from spectral_surgery.adapter import AdapterConfig
-from spectral_surgery.adapter.config import NEUTRAL, REFUSED_FIELDS
-from spectral_surgery.errors import AdapterError
+from spectral_surgery.adapter.config import (
+    ADALORA,
+    ADDITIVE,
+    EXCLUSIVE,
+    MULTIPLICATIVE,
+    NEUTRAL,
+    OF_KINDS,
+    PROMPTS,
+    REFUSED_FIELDS,
+    ROUTED,
+)
+from spectral_surgery.errors import AdapterError, BaseModelError
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 O_PROJ = "base_model.model.model.layers.1.self_attn.o_proj.lora_{}.weight"
@@ -176,7 +186,7 @@ BROKEN = {
     ),
     "nested": (
         lambda tensors: tensors | {A.replace("o_proj", "experts.base_layer"): torch.ones(8, 32)},
-        "LoRA tensors are of a kind that is not edited",
+        r"experts\.base_layer: lora_B is missing",
     ),
     "no_factors": (
         lambda tensors: {"base_model.model.lm_head.weight": torch.ones(2, 2)},
@@ -196,12 +206,26 @@ def test_tensors_that_are_inconsistent_or_unknown_are_refused(folder: Path, what
     ("fields", "sentence"),
     [
         ({"new_variant": {"x": 1}}, r"has the unknown field new_variant switched on \(\{'x': 1\}\)"),
-        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights is 'pissa_niter_4': .* relative to a base weight"),
-        ({"init_lora_weights": "loftq"}, "init_lora_weights is 'loftq'"),
-        ({"init_lora_weights": "mica"}, "init_lora_weights is 'mica', which is not known to leave B A as the update"),
+        (
+            {"init_lora_weights": "pissa_niter_4"},
+            "init_lora_weights is 'pissa_niter_4': .* relative to a base weight .* Its start was random",
+        ),
+        ({"init_lora_weights": "pissa"}, "Convert it with spectral-surgery convert"),
+        (
+            {"init_lora_weights": "corda"},
+            r"'corda': .* from data that is not in the file, .*\. Convert it where it was trained",
+        ),
+        ({"init_lora_weights": "lora_ga"}, "'lora_ga': .* PEFT cannot load it right"),
+        ({"init_lora_weights": "newest"}, "'newest', which is not known to leave B A as the update"),
         ({"r": 0}, r"adapter_config\.json: r is 0, expected a positive number"),
         ({"lora_alpha": "16"}, "lora_alpha is '16', expected a positive number"),
-        ({"use_dora": True, "layer_replication": [[0, 2]]}, r"2 things are wrong:\n(.*\n)?.*DoRA rescales every row"),
+        ({"use_dora": True}, r"o_proj: lora_magnitude_vector is missing\. The file is incomplete"),
+        ({"kasa_config": {"beta": 1}}, r"o_proj: lora_diag is missing\. The file is incomplete"),
+        ({"use_dora": True, "kasa_config": {}, "use_qalora": True}, "use_dora and use_qalora switched on, a combina"),
+        (
+            {"ensure_weight_tying": True, "megatron_config": {"x": 1}, "r": 0},
+            r"2 things are wrong:\n(.*\n)?.*Megatron",
+        ),
         (
             {"peft_type": "TRAINABLE_TOKENS"},
             "This is a TRAINABLE_TOKENS adapter, which has no additive low-rank update",
@@ -217,50 +241,52 @@ def test_a_configuration_that_may_change_the_update_is_refused(
 
 
 def test_unknown_and_refused_fields_that_are_switched_off_are_no_fault(folder: Path) -> None:
-    configure(folder, new_variant=None, another=False, third={}, use_dora=False, layer_replication=[])
+    configure(folder, new_variant=None, another=False, third={}, use_dora=False, arrow_config=None)
     assert Adapter.load(folder).config.raw["third"] == {}
 
 
-def test_every_field_that_peft_marks_as_a_variant_is_refused() -> None:
-    variants = [field.name for field in dataclasses.fields(LoraConfig) if field.metadata.get("is_lora_variant")]
+def test_every_field_that_peft_marks_as_a_variant_is_known_to_a_kind_or_refused() -> None:
+    variants = {field.name for field in dataclasses.fields(LoraConfig) if field.metadata.get("is_lora_variant")}
     assert "use_dora" in variants
-    for name in variants:
-        with pytest.raises(AdapterError, match=f"has {name} switched on"):
-            AdapterConfig({"peft_type": "LORA", name: True})
+    assert variants <= OF_KINDS | REFUSED_FIELDS.keys()
+    assert variants - REFUSED_FIELDS.keys() == set(EXCLUSIVE) - {"use_qalora"}
 
 
-def test_every_field_of_pefts_own_configuration_is_known() -> None:
-    known = NEUTRAL | REFUSED_FIELDS.keys()
+def test_every_field_of_pefts_own_configurations_is_known() -> None:
+    known = NEUTRAL | OF_KINDS | REFUSED_FIELDS.keys()
     assert {field.name for field in dataclasses.fields(LoraConfig)} - known == set()
+    assert {field.name for field in dataclasses.fields(peft.AdaLoraConfig)} - known - ADALORA == set()
+
+
+def test_every_adapter_type_of_peft_is_named_for_what_it_is() -> None:
+    known = ADDITIVE | MULTIPLICATIVE | PROMPTS | ROUTED
+    for kind in peft.PeftType:
+        if kind.value in ("LORA", "ADALORA"):
+            continue
+        with pytest.raises(AdapterError, match=f"This is a {kind.value} adapter"):
+            AdapterConfig({"peft_type": kind.value})
+    assert {kind.value for kind in peft.PeftType} >= known
 
 
 KINDS = {
-    "dora": (LoraConfig(target_modules=["q_proj"], use_dora=True), "DoRA rescales every row of the merged weight"),
     "pissa": (LoraConfig(target_modules=["q_proj"], init_lora_weights="pissa"), "init_lora_weights is 'pissa'"),
     "loha": (
         peft.LoHaConfig(target_modules=["q_proj"]),
         r"This is a LOHA adapter, and only LoRA is edited\. Convert it first with peft\.save_as_lora",
     ),
-    "adalora": (
-        peft.AdaLoraConfig(target_modules=["q_proj"], total_step=10),
-        "This is a ADALORA adapter, and only LoRA is edited",
-    ),
     "prompt": (
         peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
-        "This is a PROMPT_TUNING adapter, which has no additive low-rank update",
+        "This is a PROMPT_TUNING adapter: it adds tokens or activations",
     ),
     "ia3": (
         peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[]),
-        "This is a IA3 adapter, which has no additive",
+        "This is a IA3 adapter: it multiplies or replaces weights",
     ),
-    "embedding": (
-        LoraConfig(target_modules=["embed_tokens", "q_proj"]),
-        r"2 LoRA tensors are of a kind that is not edited, the first is .*lora_embedding_[AB] ",
+    "oft": (
+        peft.OFTConfig(target_modules=["q_proj"], oft_block_size=8),
+        "This is a OFT adapter: it multiplies or replaces weights",
     ),
-    "experts": (
-        LoraConfig(target_modules=[], target_parameters=["mlp.down_proj.weight"]),
-        "target_parameters switched on: expert parameters",
-    ),
+    "vera": (peft.VeraConfig(target_modules=["o_proj"], r=4), r"Convert it first with peft\.save_as_lora"),
 }
 
 
@@ -271,17 +297,43 @@ def test_other_kinds_of_adapter_that_peft_writes_are_refused_by_name(kind: str, 
     refused(tmp_path, sentence)
 
 
-def test_convolutions_that_peft_writes_are_refused(tmp_path: Path) -> None:
-    model = nn.Sequential(nn.Conv2d(3, 5, 3), nn.Flatten())
-    get_peft_model(model, LoraConfig(r=2, target_modules=["0"])).save_pretrained(tmp_path)
-    refused(tmp_path, r"0: lora_A \(2, 3, 3, 3\) and lora_B \(5, 2, 1, 1\) are not matrices\. Only linear layers")
+def test_grouped_convolutions_are_refused_by_their_shapes_and_dilated_ones_when_loaded(tmp_path: Path) -> None:
+    for name, options in {"grouped": {"groups": 2}, "dilated": {"dilation": 2}}.items():
+        model = get_peft_model(nn.Sequential(nn.Conv2d(4, 6, 3, **options)), LoraConfig(r=2, target_modules=["0"]))
+        model.save_pretrained(tmp_path / name)
+        if name == "grouped":
+            refused(
+                tmp_path / name, r"0: lora_A \(2, 4, 3, 3\) and lora_B \(6, 1, 1, 1\) are of a grouped convolution"
+            )
+        else:
+            with pytest.raises(
+                BaseModelError, match=r"1 groups and dilation \(2, 2\), and PEFT's LoRA does not compute"
+            ):
+                Live(model)
+
+
+def test_an_update_that_cancels_in_16_bits_and_loftq_are_warned_of(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def converted(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        start, little = torch.randn(32, 2), 1e-3 * torch.randn(32, 2)
+        down = torch.randn(2, 32)
+        return tensors | {A: torch.cat([down, down]).half(), B: torch.cat([start + little, -start], 1).half()}
+
+    Adapter.load(folder)
+    assert not caplog.text
+    change(folder, converted)
+    configure(folder, init_lora_weights="loftq")
+    Adapter.load(folder)
+    assert "layers.1.self_attn.o_proj: the update is less than 0.01 of its 16-bit factors" in caplog.text
+    assert "part of its update repairs the rounding of the quantised base" in caplog.text
 
 
 def test_a_model_without_the_adapter_or_with_another_kind_is_refused() -> None:
     with pytest.raises(AdapterError, match="The model has no adapter 'other', but 'default'"):
         Adapter.from_model(tiny.lora(tiny.llama()), "other")
-    with pytest.raises(AdapterError, match="DoRA rescales"):
-        Adapter.from_model(tiny.lora(tiny.llama(), use_dora=True))
+    with pytest.raises(AdapterError, match="init_lora_weights is 'olora'"):
+        Adapter.from_model(tiny.lora(tiny.llama(), init_lora_weights="olora"))
 
 
 def test_an_adapter_of_another_layout_is_not_loaded_into_a_model() -> None:

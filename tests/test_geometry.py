@@ -183,3 +183,14 @@ def test_cosines_of_updates_and_of_pieces_are_those_of_the_dense_matrices() -> N
     pieces = torch.stack([torch.outer(B[:, i], A[i]).flatten() for i in range(6)])
     pieces /= pieces.norm(dim=1, keepdim=True)
     assert closest_pair(B, A) == pytest.approx(float((pieces @ pieces.T).fill_diagonal_(0).abs().max()))
+
+
+def test_the_chance_of_the_best_partner_is_that_of_random_directions() -> None:
+    generator = np.random.default_rng(3)
+    directions = generator.standard_normal((20000, 30))
+    directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+    nearest = np.abs(directions[:, :5]).max(1)
+    found = geometry.best_cosine_baseline(30, 5)
+    assert found.mean == pytest.approx(nearest.mean(), rel=0.02)
+    assert (found.low, found.high) == pytest.approx(np.quantile(nearest, [0.005, 0.995]), rel=0.1)
+    assert geometry.best_cosine_baseline(5, 5).low > 1 / np.sqrt(5) - 1e-9

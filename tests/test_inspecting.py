@@ -13,12 +13,14 @@ import planted
 import pytest
 import torch
 
+from spectral_surgery import anatomy
 from spectral_surgery.cli import main
 from spectral_surgery.errors import AdapterError, MeasurementError
 from spectral_surgery.inspecting import inspect, read, to_json
 from spectral_surgery.measurement import Measurement
 from spectral_surgery.selection import Selection
 from spectral_surgery.sensitivity_file import save_measurement
+from spectral_surgery.spectrum import LowRank, Spectrum, thin_svd
 from spectral_surgery.terminal import render, sparkline
 
 
@@ -53,6 +55,20 @@ def test_kinds_and_layers_share_the_whole_energy_between_them() -> None:
     assert sum(one.share for one in view.layers.values()) == pytest.approx(1)
     assert list(view.layers) == [0, 1, 2, 3]
     assert math.hypot(*(one.delta_norm for one in view.layers.values())) == pytest.approx(view.total.delta_norm)
+
+
+@pytest.mark.parametrize("layers", [3, 6])
+def test_the_work_of_spectra_is_one_decomposition_a_module(layers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So its cost grows linearly in layers; nothing of one module is looked at for another."""
+    seen: list[tuple[int, int]] = []
+
+    def counted(update: LowRank) -> Spectrum:
+        seen.append((update.B.shape[0], update.A.shape[1]))
+        return thin_svd(update)
+
+    monkeypatch.setattr(anatomy, "thin_svd", counted)
+    inspect([planted.readable(layers=layers)], geometry=False)
+    assert sorted(seen) == sorted(list(planted.SIZES.values()) * layers)
 
 
 def test_torch_has_as_many_threads_afterwards_as_before() -> None:
@@ -156,7 +172,7 @@ def test_the_command_writes_page_and_figures_and_reads_sensitivities(
     arguments = ("inspect", "adapter", "--sensitivity", "s.safetensors", "--html", "page.html", "--figures", "figures")
     assert run(*arguments, "--figure-format", "svg") == 0
     assert "component-signs" in capsys.readouterr().out
-    assert len(list(Path("figures").iterdir())) == 4
+    assert len(list(Path("figures").iterdir())) == 5
     assert run(*arguments) == 2
     assert "--overwrite" in capsys.readouterr().err
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,13 +13,13 @@ import torch
 from peft import IA3Config, get_peft_model
 from test_speclora import config, layers, logits
 
-from spectral_surgery.cli import parse
+from spectral_surgery.ablation import Ablation
+from spectral_surgery.cli import main, parse
 from spectral_surgery.errors import InputError
 from spectral_surgery.formats import DataOptions, Example, to_examples
 from spectral_surgery.speclora.geometry import row_shares
 from spectral_surgery.speclora.study import (
     ALL_ROWS,
-    StudyOptions,
     paired_interval,
     pairs,
     raised_ranks,
@@ -51,7 +51,7 @@ def test_ranks_are_raised_until_the_parameters_are_spent() -> None:
 
 
 def test_every_comparison_is_of_variants_that_are_trained() -> None:
-    options = StudyOptions(base_model="anything")
+    options = Ablation()
     assert {name for pair in pairs(options) for name in pair} <= set(variants(options))
 
 
@@ -75,15 +75,26 @@ def test_ia3_is_all_rows_of_keys_values_and_the_up_projection() -> None:
     torch.testing.assert_close(logits(ours), logits(there), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("changes", [{"seeds": 1}, {"k": (4,)}, {"steps": 0}], ids=str)
-def test_a_study_without_repetition_is_refused(changes: dict[str, Any]) -> None:
-    with pytest.raises(InputError, match=r"expected at least 2 seeds"):
-        StudyOptions(base_model="anything", **changes)
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--seeds", "1"], r"--seeds is 1, expected 2 or more"),
+        (["--k", "4"], r"--k is 4, expected two different numbers"),
+        (["--k", "4", "4"], r"--k is 4 4, expected two different numbers"),
+        (["--steps", "0", "--learning-rate", "-1"], r"(?s)--steps is 0.*--learning-rate is -1\.0"),
+    ],
+    ids=str,
+)
+def test_a_number_out_of_range_is_one_clear_error_and_never_one_of_the_parser(
+    arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["speclora", *arguments]) == 2
+    assert re.match(f"error: .*{sentence}", capsys.readouterr().err, re.DOTALL)
 
 
 def test_rows_to_learn_from_may_not_be_scored() -> None:
     with pytest.raises(InputError, match=r"2 rows are in both"):
-        study(StudyOptions(base_model="anything"), examples(0, 5), examples(3, 5))
+        study("anything", examples(0, 5), examples(3, 5), Ablation())
 
 
 def test_a_base_model_needs_data_of_its_own() -> None:
@@ -104,9 +115,9 @@ def test_a_row_update_lies_wholly_in_the_top_directions_exactly_where_rows_are_d
 def test_a_whole_study_prints_every_variant_and_every_comparison(tmp_path: Path) -> None:
     tiny.llama().save_pretrained(tmp_path)
     tiny.tokenizer().save_pretrained(tmp_path)
-    options = StudyOptions(base_model=str(tmp_path), k=(2, 4), seeds=2, steps=2, batch_size=4, rank=2)
+    options = Ablation(k=(2, 4), seeds=2, steps=2, batch_size=4, rank=2)
     seen: list[tuple[int, int]] = []
-    text = study(options, examples(0, 8), examples(20, 5), lambda done, total: seen.append((done, total)))
+    text = study(str(tmp_path), examples(0, 8), examples(20, 5), options, lambda done, total: seen.append((done, total)))
     lines = text.splitlines()
     for name in variants(options):
         assert any(line.startswith(name) for line in lines)

@@ -7,10 +7,10 @@ edit changes change, and each keeps its dtype.
 
 from __future__ import annotations
 
-import json
+import logging
 import shutil
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from enum import Enum
 from functools import cached_property
 from pathlib import Path
@@ -20,11 +20,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spectral_surgery.adapter import files, kinds, saving
+from spectral_surgery.adapter import files, kinds, portable, saving
 from spectral_surgery.adapter.config import AdapterConfig
-from spectral_surgery.errors import AdapterError, RunError
+from spectral_surgery.adapter.doubts import doubts
+from spectral_surgery.errors import AdapterError, OutputError, RunError
 from spectral_surgery.manifest import source_record, with_result
 from spectral_surgery.measurement import Measurement
+from spectral_surgery.selection import Selection, select
 from spectral_surgery.spectrum import LowRank, thin_svd
 from spectral_surgery.surgery import EditReport, spectra, unmeasured
 
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
     from peft import PeftModel
 else:
     PeftModel = Any
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ class Adapter:
         """Returns the adapter in a folder or Hub repository.
 
         Args:
-            name: A folder, or a Hub id.
+            name: A folder, a Hub id, or a .safetensors file as image tools write it (see :mod:`.diffusion`).
             revision: Branch, tag or commit of a Hub repository.
             subfolder: Where inside of it the adapter lies.
 
@@ -65,9 +69,20 @@ class Adapter:
             AdapterError: If there is none, it is damaged, or of a kind that cannot be edited exactly.
         """
         folder = files.locate(str(name), revision=revision, subfolder=subfolder)
+        if folder.is_file():
+            from spectral_surgery.adapter import diffusion
+
+            return diffusion.load(folder, str(name))
+        adapter = cls._read(folder, str(name))
+        for doubt in doubts(adapter.config, adapter.stored):
+            log.warning("%s: %s", name, doubt)
+        return adapter
+
+    @classmethod
+    def _read(cls, folder: Path, name: str) -> Adapter:
         config = AdapterConfig(files.read_config(folder))
         tensors, metadata = files.read_tensors(folder)
-        adapter = cls(config, tensors, metadata, folder, str(name))
+        adapter = cls(config, tensors, metadata, folder, name)
         adapter.stored  # noqa: B018 (checks every tensor now)
         return adapter
 
@@ -134,19 +149,50 @@ class Adapter:
         """Returns an adapter with these modules' updates replaced; every other tensor is the same object."""
         changed: dict[str, Tensor] = {}
         for path, update in updates.items():
-            if update.stored is not self.updates[path].stored:
-                changed |= self.stored[path].written(update)
+            stored = self.stored[path]
+            if update.stored is not stored.update.stored:
+                stored.write(update, self.tensors, changed)
         tensors = {**self.tensors, **changed}
         origin = self.edited_from or source_record(self)
         return replace(self, tensors=tensors, report=report, edited_from=origin)
 
-    def save(self, out: str | Path, *, overwrite: bool = False, manifest: Mapping[str, Any] | None = None) -> Path:
+    def scale_at(self, path: str, rank: int) -> float:
+        """Returns the scale that new factors of a rank carry: one, which every program reads alike."""
+        return 1.0
+
+    def with_factors(self, updates: Mapping[str, LowRank]) -> Adapter:
+        """Returns an adapter with other factors, of any rank and scale one, in every module.
+
+        Raises:
+            AdapterError: If a module's factors are not stored as one A and one B.
+        """
+        raw, tensors = portable.with_factors(self.config.raw, self.stored, self.tensors, updates)
+        origin = self.edited_from or source_record(self)
+        return replace(self, config=AdapterConfig(raw), tensors=tensors, report=None, edited_from=origin)
+
+    def select(self, selection: Selection) -> list[str]:
+        """Returns the selected module paths.
+
+        Raises:
+            SelectionError: If the selection names nothing.
+        """
+        return select(self.updates, selection)
+
+    def save(
+        self,
+        out: str | Path,
+        *,
+        overwrite: bool = False,
+        manifest: Mapping[str, Any] | None = None,
+        check: Callable[[Path], None] = lambda folder: None,
+    ) -> Path:
         """Writes a PEFT adapter folder as one step, reads it back and verifies it.
 
         Args:
             out: Folder to write; never the source, nor inside of it.
             overwrite: Replace a folder that carries our manifest.
             manifest: What to record beside hashes and versions.
+            check: Looks at the written folder before it is put in place; what it raises ends the save.
 
         Returns:
             The folder written.
@@ -156,10 +202,17 @@ class Adapter:
             RunError: If writing or verifying fails; the target is then as it was.
         """
         out = Path(out).expanduser()
+        if out.suffix == ".safetensors":
+            raise OutputError(f"The output {out} is a file, and this adapter is a folder. Choose a folder.")
         sources = (self.folder,) if self.folder else ()
         origin = self.edited_from or source_record(self)
         record = with_result(manifest or {}, source=origin, result=self.digest, edit=self.report)
-        saving.write_folder(out, lambda new: self._write(new, record), overwrite=overwrite, sources=sources)
+
+        def write(new: Path) -> None:
+            self._write(new, record)
+            check(new)
+
+        saving.write_folder(out, write, overwrite=overwrite, sources=sources)
         return out
 
     def _write(self, new: Path, record: Mapping[str, Any]) -> None:
@@ -168,23 +221,26 @@ class Adapter:
         if self.folder:
             for path in files.companions(self.folder):
                 shutil.copyfile(path, new / path.name)
+        if self.folder and files.read_config(self.folder) == self.config.raw:
             shutil.copyfile(self.folder / files.CONFIG, new / files.CONFIG)
         else:
-            _write_json(new / files.CONFIG, self.config.raw)
+            saving.write_json(new / files.CONFIG, self.config.raw)
         save_file(dict(self.tensors), new / files.WEIGHTS, metadata={**self.metadata, "format": "pt"})
-        _write_json(new / saving.MANIFEST, record)
+        saving.write_json(new / saving.MANIFEST, record)
         self._verify(new)
 
     def _verify(self, folder: Path) -> None:
         """Checks a written folder: it reads as an adapter, holds these tensors, and reaches the intended update."""
-        written = Adapter.load(folder)
+        self._check_tensors(Adapter._read(folder, self.name))
+
+    def _check_tensors(self, written: Adapter) -> None:
         different = sorted(set(written.tensors) ^ set(self.tensors)) or [
             name for name, tensor in self.tensors.items() if not torch.equal(written.tensors[name], tensor)
         ]
         if different:
             raise RunError(f"The written file does not hold what was edited: {different[0]} differs.")
         for path, edit in (self.report.modules if self.report else {}).items():
-            wanted = np.sort(edit.S * edit.gates)[::-1]
+            wanted = np.sort(np.abs(edit.S * edit.gates))[::-1]
             found = thin_svd(written.updates[path]).S.numpy()
             error = float(np.linalg.norm(found - wanted))
             # Weakened to almost nothing, an update keeps the float64 residue of what was taken away.
@@ -199,8 +255,6 @@ class Adapter:
 def _plain(value: Any) -> Any:
     if isinstance(value, set):
         return sorted(value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
     return value.value if isinstance(value, Enum) else value
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

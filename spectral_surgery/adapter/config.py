@@ -42,36 +42,58 @@ NEUTRAL = frozenset(
         "trainable_token_indices",
         "loftq_config",
         "eva_config",
+        "corda_config",
+        "lora_ga_config",
         "qalora_group_size",
         "runtime_config",
         "lora_bias",
+        "layer_replication",
     ]
 )
+"""Fields of LoRA that leave the update as it is. What the last inits changed is refused by init_lora_weights."""
+
+ADALORA = frozenset(
+    ["target_r", "init_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight", "total_step"]
+)
+"""Fields that AdaLoRA adds: how it was trained."""
+
+OF_KINDS = frozenset(
+    # Each is read by a kind of :mod:`spectral_surgery.adapter.kinds`.
+    [
+        "use_dora",
+        "use_qalora",
+        "use_bdlora",
+        "kasa_config",
+        "alora_invocation_tokens",
+        "velora_config",
+        "monteclora_config",
+        "target_parameters",
+        "ensure_weight_tying",
+    ]
+)
+"""Fields that change the update in a way that a kind knows."""
+
+EXCLUSIVE = (
+    "use_dora",
+    "use_qalora",
+    "use_bdlora",
+    "kasa_config",
+    "alora_invocation_tokens",
+    "velora_config",
+    "monteclora_config",
+)
+"""Variants of which PEFT knows no combination."""
 
 REFUSED_FIELDS = {
-    "use_dora": "DoRA rescales every row of the merged weight, so its update is not B A",
-    "use_qalora": "QALoRA pools its inputs, so its update is not B A",
-    "use_bdlora": "BD-LoRA stores block-diagonal factors under ordinary names",
-    "kasa_config": "KaSA has a third factor and a truncated base weight",
-    "alora_invocation_tokens": "aLoRA acts only from its invocation tokens on",
-    "velora_config": "VeLoRA compresses activations while training",
-    "monteclora_config": "MonteCLoRA samples its factors while training",
-    "arrow_config": "Arrow routes between several adapters",
-    "layer_replication": "replicated layers share one base weight",
-    "target_parameters": "expert parameters store several updates in one tensor pair",
-    "megatron_config": "Megatron layers are sharded",
-    "corda_config": "CorDA changes the base weight when it is loaded",
-    "lora_ga_config": "LoRA-GA changes the base weight when it is loaded",
-    "ensure_weight_tying": "tied modules store one update under two names",
+    "arrow_config": "Arrow routes every token between several adapters, so it has no update of its own. Edit the "
+    "adapters that it routes between",
+    "megatron_config": "Megatron layers are sharded. Save the adapter unsharded, without megatron_config",
 }
-"""Fields that must be switched off, with the reason."""
+"""Fields that must be switched off, with the reason and the way out."""
 
-NEUTRAL_INITS = frozenset(["gaussian", "orthogonal", "eva"])
-BASE_CHANGING_INITS = ("pissa", "olora", "corda", "lora_ga", "loftq")
-
+NEUTRAL_INITS = frozenset(["gaussian", "orthogonal", "eva", "mica", "loftq"])
 ADDITIVE = frozenset(
     [
-        "ADALORA",
         "LOHA",
         "LOKR",
         "VERA",
@@ -90,6 +112,15 @@ ADDITIVE = frozenset(
     ]
 )
 """PEFT types with an additive update that PEFT can convert to LoRA."""
+
+MULTIPLICATIVE = frozenset(["HIRA", "SHIRA", "OFT", "BOFT", "HRA", "ROAD", "IA3", "LN_TUNING"])
+"""PEFT types that multiply or replace weights."""
+PROMPTS = frozenset(
+    ["PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "ADAPTION_PROMPT", "CPT", "CARTRIDGE"]
+)
+"""PEFT types that add tokens or activations."""
+ROUTED = frozenset(["XLORA", "POLY"])
+"""PEFT types that mix several adapters by the input."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +173,7 @@ class AdapterConfig:
 
 def _kind_faults(raw: Mapping[str, Any]) -> Iterator[str]:
     kind = raw.get("peft_type")
-    if kind == "LORA":
+    if kind in ("LORA", "ADALORA"):
         return
     if kind is None:
         what = (
@@ -151,24 +182,35 @@ def _kind_faults(raw: Mapping[str, Any]) -> Iterator[str]:
             else "not a PEFT adapter (it has no peft_type)"
         )
         yield f"adapter_config.json is {what}. Convert it to PEFT's LoRA format first."
-    elif kind in ADDITIVE:
+        return
+    known = f"This is a {kind} adapter"
+    if kind in ADDITIVE:
         yield (
-            f"This is a {kind} adapter, and only LoRA is edited. Convert it first with "
-            f"peft.save_as_lora(folder, model, rank=...), and edit the result."
+            f"{known}, and only LoRA is edited. Convert it first with peft.save_as_lora(folder, model, rank=...), and "
+            f"edit the result."
         )
+    elif kind in MULTIPLICATIVE:
+        yield f"{known}: it multiplies or replaces weights, so it has no additive low-rank update to edit."
+    elif kind in PROMPTS:
+        yield f"{known}: it adds tokens or activations and changes no weight, so it has no low-rank update to edit."
+    elif kind in ROUTED:
+        yield f"{known}: it mixes several adapters by the input, so it has no update of its own. Edit those adapters."
     else:
-        yield f"This is a {kind} adapter, which has no additive low-rank update to edit. Only LORA is edited."
+        yield f"{known}, which has no additive low-rank update that is known here. Only LORA and ADALORA are edited."
 
 
 def _field_faults(raw: Mapping[str, Any]) -> Iterator[str]:
+    harmless = NEUTRAL | OF_KINDS | (ADALORA if raw.get("peft_type") == "ADALORA" else frozenset())
     for field, value in raw.items():
         if field in REFUSED_FIELDS and value:
-            yield f"adapter_config.json has {field} switched on: {REFUSED_FIELDS[field]}. This kind is not edited."
-        elif field not in NEUTRAL and field not in REFUSED_FIELDS and value:
+            yield f"adapter_config.json has {field} switched on: {REFUSED_FIELDS[field]}."
+        elif field not in harmless and field not in REFUSED_FIELDS and value:
             yield (
                 f"adapter_config.json has the unknown field {field} switched on ({_short(value)}), which may change "
                 f"what the tensors mean. Re-save the adapter as plain LoRA, or update spectral-surgery."
             )
+    if len(both := [field for field in EXCLUSIVE if raw.get(field)]) > 1:
+        yield f"adapter_config.json has {' and '.join(both)} switched on, a combination that PEFT does not know."
     yield from _init_faults(raw.get("init_lora_weights", True))
     for field in ("r", "lora_alpha"):
         value = raw.get(field, 8)
@@ -180,14 +222,31 @@ def _init_faults(init: Any) -> Iterator[str]:
     if isinstance(init, bool) or init is None or init in NEUTRAL_INITS:
         return
     name = str(init)
-    if name.startswith(BASE_CHANGING_INITS):
+    if name.startswith(("pissa", "olora")):
+        way = (
+            "Convert it with spectral-surgery convert (exact; it needs the base model)"
+            if is_repeatable(name)
+            else "Its start was random, so convert it when saving the training run, with PEFT's "
+            "save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+        )
         yield (
-            f"init_lora_weights is {name!r}: the update is relative to a base weight that is changed at load, so its "
-            f"components are not those of the fine-tuning. Convert it to plain LoRA with PEFT's "
-            f"path_initial_model_for_weight_conversion when saving, and edit the result."
+            f"init_lora_weights is {name!r}: the update is relative to a base weight that PEFT changes at load, so "
+            f"its leading components are the base model's own and not those of the fine-tuning. {way}, and edit the "
+            f"result."
+        )
+    elif name.startswith(("corda", "lora_ga")):
+        yield (
+            f"init_lora_weights is {name!r}: the update is relative to a base weight that was changed before the "
+            f"training from data that is not in the file, and PEFT cannot load it right. Convert it where it was "
+            f"trained, with PEFT's save_pretrained(..., path_initial_model_for_weight_conversion=...)."
         )
     else:
         yield f"init_lora_weights is {name!r}, which is not known to leave B A as the update. This kind is not edited."
+
+
+def is_repeatable(init: str) -> bool:
+    """Returns whether a start that changes the base can be computed again from the base alone."""
+    return init in ("pissa", "olora")
 
 
 def _short(value: Any) -> str:

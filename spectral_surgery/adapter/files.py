@@ -17,6 +17,8 @@ from spectral_surgery.errors import AdapterError
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PICKLE = "adapter_model.bin"
+DIFFUSERS = "pytorch_lora_weights.safetensors"
+"""What diffusers calls the only file of an adapter."""
 
 COMPANIONS = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "*.jinja",
@@ -26,7 +28,7 @@ COMPANIONS = (
 
 
 def locate(name: str, *, revision: str | None = None, subfolder: str | None = None) -> Path:
-    """Returns the local folder of an adapter named by a path or a Hub id.
+    """Returns the local folder of an adapter named by a path or a Hub id, or the file of an image model's.
 
     Raises:
         AdapterError: If there is no such folder or repository, or it holds no adapter; where a sub-folder does, the
@@ -34,7 +36,9 @@ def locate(name: str, *, revision: str | None = None, subfolder: str | None = No
     """
     root = Path(name).expanduser()
     if root.is_file():
-        raise AdapterError(f"{name} is a file. Pass the folder that holds {CONFIG} and {WEIGHTS}.")
+        if root.suffix != ".safetensors" or (root.name == WEIGHTS and (root.parent / CONFIG).is_file()):
+            raise AdapterError(f"{name} is a file. Pass the folder that holds {CONFIG} and {WEIGHTS}.")
+        return root
     if not root.is_dir():
         root = _downloaded(name, revision)
     elif revision:
@@ -46,6 +50,8 @@ def locate(name: str, *, revision: str | None = None, subfolder: str | None = No
         return folder
     if not folder.is_dir():
         raise AdapterError(f"{name} has no sub-folder {subfolder!r}.")
+    if (folder / DIFFUSERS).is_file():
+        return folder / DIFFUSERS
     inside = sorted(str(path.parent.relative_to(folder)) for path in folder.glob(f"*/{CONFIG}"))
     if not inside:
         raise AdapterError(f"{folder} holds no {CONFIG}. Pass the folder that PEFT's save_pretrained wrote.")
@@ -67,7 +73,9 @@ def _downloaded(name: str, revision: str | None) -> Path:
         OfflineModeIsEnabled,
     )
 
-    patterns = [pattern for file in (CONFIG, WEIGHTS, PICKLE, *COMPANIONS) for pattern in (file, f"*/{file}")]
+    patterns = [
+        pattern for file in (CONFIG, WEIGHTS, PICKLE, DIFFUSERS, *COMPANIONS) for pattern in (file, f"*/{file}")
+    ]
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except (
@@ -107,13 +115,18 @@ def read_tensors(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         AdapterError: If neither file exists or the file is damaged.
     """
     if (folder / WEIGHTS).is_file():
-        return _read_safetensors(folder / WEIGHTS)
+        return read_safetensors(folder / WEIGHTS)
     if (folder / PICKLE).is_file():
         return _read_pickle(folder / PICKLE), {}
     raise AdapterError(f"{folder} holds neither {WEIGHTS} nor {PICKLE}. The adapter's weights are missing.")
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Returns all tensors of a file by name, as stored, and its metadata.
+
+    Raises:
+        AdapterError: If it is damaged.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:

@@ -1,4 +1,4 @@
-"""Writing a folder so that after a crash at any point one whole version is there, and the next run says which.
+"""Writing a folder, or one file, so that after a crash one whole version is there, and the next run says which.
 
 The new folder is written, flushed and verified in a staging folder beside the target, then renamed in. A previous
 folder is moved into the staging folder first and deleted last. So the target is either the whole previous version, the
@@ -15,24 +15,27 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from spectral_surgery.errors import OutputError, RunError, SpectralSurgeryError
 
 MANIFEST = "spectral_surgery.json"
 """Name of our manifest; a folder that carries it is ours to overwrite."""
+HEADER = "spectral_surgery"
+"""Key of our record in the header of a single .safetensors file; a file that carries it is ours to overwrite."""
 
 log = logging.getLogger(__name__)
 
 
 def check_output(out: Path, *, overwrite: bool, sources: tuple[Path, ...] = ()) -> None:
-    """Checks that a folder may be written, and finishes an interrupted save of it first.
+    """Checks that a folder or .safetensors file may be written, and finishes an interrupted save of it first.
 
     Args:
-        out: Folder to write.
-        overwrite: Whether a folder that carries our manifest may be replaced.
+        out: Folder to write, or a file whose name ends in .safetensors.
+        overwrite: Whether a folder or file that carries our record may be replaced.
         sources: Folders that must not be touched: ``out`` may neither be one, nor lie in one, nor hold one.
 
     Raises:
@@ -48,17 +51,22 @@ def check_output(out: Path, *, overwrite: bool, sources: tuple[Path, ...] = ()) 
     recover(out)
     if not (out.exists() or out.is_symlink()):
         return
-    if not out.is_dir():
-        raise OutputError(f"The output {out} is a file. Choose a folder that does not exist yet.")
-    if not any(out.iterdir()):
+    single = out.suffix == ".safetensors"
+    if out.is_dir() == single:
+        raise OutputError(
+            f"The output {out} is a {'folder' if single else 'file'}. "
+            f"Choose a {'file' if single else 'folder'} that does not exist yet."
+        )
+    if not single and not any(out.iterdir()):
         return
+    kind, sign = ("file", f"no {HEADER} in its header") if single else ("folder", f"no {MANIFEST}")
     if not is_ours(out):
         raise OutputError(
-            f"The output folder {out} exists and was not written by spectral-surgery (it has no {MANIFEST}), "
-            f"so it is never overwritten. Choose another folder."
+            f"The output {kind} {out} exists and was not written by spectral-surgery (it has {sign}), "
+            f"so it is never overwritten. Choose another {kind}."
         )
     if not overwrite:
-        raise OutputError(f"The output folder {out} exists. Pass --overwrite to replace it, or choose another.")
+        raise OutputError(f"The output {kind} {out} exists. Pass --overwrite to replace it, or choose another.")
 
 
 def write_folder(
@@ -82,7 +90,7 @@ def write_folder(
     """
     out = _absolute(out)
     check_output(out, overwrite=overwrite, sources=sources)
-    try:
+    with _failing_whole(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         with _staged(out) as staging:
             new = staging / "new"
@@ -93,6 +101,44 @@ def write_folder(
                 os.rename(out, staging / "old")
             os.rename(new, out)
             _flush_entry(out.parent)
+
+
+def write_file(
+    out: Path,
+    write: Callable[[Path], None],
+    *,
+    overwrite: bool = False,
+    sources: tuple[Path, ...] = (),
+) -> None:
+    """Writes one .safetensors file as one step; as :func:`write_folder`.
+
+    Args:
+        out: File to write; its parents are made.
+        write: Writes and verifies a file at the path that it is given.
+        overwrite: See :func:`check_output`.
+        sources: See :func:`check_output`.
+
+    Raises:
+        OutputError: If the file may not be written, or another process is writing it.
+        RunError: If writing fails midway.
+    """
+    out = _absolute(out)
+    check_output(out, overwrite=overwrite, sources=sources)
+    with _failing_whole(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with _staged(out) as staging:
+            new = staging / "new"
+            write(new)
+            _flush(staging)
+            os.replace(new, out)
+            _flush_entry(out.parent)
+
+
+@contextmanager
+def _failing_whole(out: Path) -> Iterator[None]:
+    """Turns a failure of saving into one sentence, after the target is as it was."""
+    try:
+        yield
     except SpectralSurgeryError:
         raise
     except Exception as error:  # safetensors reports a full disk with a class of its own
@@ -101,6 +147,11 @@ def write_folder(
             f"Saving to {out} failed ({type(error).__name__}: {error}). Nothing was changed there; "
             f"check the free space and permissions, and run again."
         ) from error
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Writes an object as readable JSON."""
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def recover(out: Path) -> None:
@@ -134,13 +185,25 @@ def interrupted(out: Path) -> bool:
     return _staging(_absolute(out)).is_dir()
 
 
-def is_ours(folder: Path) -> bool:
-    """Returns whether a folder carries our manifest."""
+def is_ours(out: Path) -> bool:
+    """Returns whether a folder carries our manifest, or a file our record."""
+    return record(out) is not None
+
+
+def record(out: Path) -> dict[str, Any] | None:
+    """Returns the manifest in a folder or in the header of a .safetensors file; None where there is none of ours."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(manifest, dict) and "spectral_surgery" in manifest
+        if out.is_file():
+            from safetensors import safe_open
+
+            with safe_open(out, framework="np") as file:
+                text = (file.metadata() or {}).get(HEADER, "")
+        else:
+            text = (out / MANIFEST).read_text(encoding="utf-8")
+        manifest = json.loads(text)
+    except Exception:  # whatever cannot be read is not ours
+        return None
+    return manifest if isinstance(manifest, dict) and "spectral_surgery" in manifest else None
 
 
 @contextmanager

@@ -15,11 +15,18 @@ import tyro
 
 from spectral_surgery.cli import console
 from spectral_surgery.cli.commands import Command, Demo, Edit, Measure, Restore
+from spectral_surgery.cli.compare import Compare
+from spectral_surgery.cli.convert import Convert
+from spectral_surgery.cli.evaluate import Evaluate
+from spectral_surgery.cli.export import Export
 from spectral_surgery.cli.inspect import Inspect
+from spectral_surgery.cli.refine import Refine
 from spectral_surgery.cli.speclora import SpecLora
+from spectral_surgery.cli.train import Train
+from spectral_surgery.cli.weights import Weights
 from spectral_surgery.errors import SpectralSurgeryError
 
-COMMANDS = (Inspect, Demo, Measure, Edit, Restore, SpecLora)
+COMMANDS = (Inspect, Refine, Compare, Export, Demo, Measure, Edit, Restore, Evaluate, Train, SpecLora, Weights, Convert)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

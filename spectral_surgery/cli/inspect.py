@@ -74,7 +74,7 @@ class Inspect(Command):
         else:
             from spectral_surgery.terminal import render
 
-            print(_printable(render(views, modules=self.per_module or None)))
+            print(printable(render(views, modules=self.per_module or None)))
         if self.fail_on != "never":
             check([finding for view in views for finding in findings(view)], self.fail_on)
 
@@ -82,8 +82,7 @@ class Inspect(Command):
         if self.html:
             from spectral_surgery import page
 
-            self.html.parent.mkdir(parents=True, exist_ok=True)
-            self.html.write_text(page.render(views), encoding="utf-8")
+            page.write(self.html, page.render(views))
             print(f"Wrote {self.html}.", file=sys.stderr)
         if self.figures:
             from spectral_surgery import plots
@@ -124,7 +123,7 @@ def _silent(done: int, total: int) -> None:
     """Shows nothing."""
 
 
-def _printable(text: str) -> str:
-    """The text with what the terminal cannot show replaced."""
+def printable(text: str) -> str:
+    """Returns the text with what the terminal cannot show replaced."""
     encoding = sys.stdout.encoding or "utf-8"
     return text.encode(encoding, "replace").decode(encoding)

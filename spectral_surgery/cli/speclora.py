@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from spectral_surgery.ablation import Ablation
 from spectral_surgery.cli import console
 from spectral_surgery.cli.commands import Command
 from spectral_surgery.errors import InputError
@@ -28,49 +29,29 @@ class SpecLora(Command):
     """Rows to learn from: a file or Hub id. Needed with --base-model."""
     test_data: str | None = None
     """Rows to score on. Needed with --base-model."""
-    k: tuple[int, ...] = (32, 64, 128, 200)
-    """Numbers of scaled rows; at the second the choices are compared."""
-    seeds: int = 3
-    """Training runs a variant."""
-    steps: int = 60
-    """Training steps a run."""
-    batch_size: int = 16
-    """Rows in a step."""
-    rank: int = 8
-    """LoRA rank."""
-    learning_rate: float = 3e-3
-    """Of the factors, at the first step."""
-    delta_learning_rate: float = 10.0
-    """Of delta, as a multiple of the factors'."""
-
+    ablation: Ablation = field(default_factory=Ablation)
     weights_only: bool = False
     """Train nothing; print how much of each weight its first k rows and its top k directions hold."""
 
     def run(self) -> None:
         """Prints the tables."""
         from spectral_surgery.demo import world
-        from spectral_surgery.speclora.geometry import row_geometry
-        from spectral_surgery.speclora.study import StudyOptions, study
 
         own = [self.base_model, self.train_data, self.test_data]
         if any(own) and not all(own) and not self.weights_only:
             raise InputError("--base-model, --train-data and --test-data go together. Pass all three or none.")
-        options = StudyOptions(
-            base_model=self.base_model or str(world() / "base"),
-            k=self.k,
-            seeds=self.seeds,
-            steps=self.steps,
-            batch_size=self.batch_size,
-            rank=self.rank,
-            learning_rate=self.learning_rate,
-            delta_learning_rate=self.delta_learning_rate,
-        )
+        self.ablation.check()
+        base_model = self.base_model or str(world() / "base")
         if self.weights_only:
-            print(row_geometry(options.base_model, options.target_modules, options.k))
+            from spectral_surgery.speclora.geometry import row_geometry
+
+            print(row_geometry(base_model, self.ablation.target_modules, self.ablation.k))
             return
-        train, test = self._rows(options.base_model)
+        from spectral_surgery.speclora.study import study
+
+        train, test = self._rows(base_model)
         with console.progress("training", "runs") as progress:
-            print(study(options, train, test, progress))
+            print(study(base_model, train, test, self.ablation, progress))
 
     def _rows(self, base_model: str) -> tuple[list[Example], list[Example]]:
         """Returns training and test rows: the user's, or the embedded task's with right answers."""

@@ -1,7 +1,7 @@
 """Builds the embedded world from seeds: ``python -m spectral_surgery.demo.build --output DIR``.
 
 Three stages, all seeded: a base model that learns the ten skills, six small data sets, and an
-adapter that is trained hard on ``compare`` rows of which 30 % have the wrong label. The adapter
+adapter that ``spectral-surgery train`` trains hard on ``compare`` rows of which 30 % have the wrong label. The adapter
 comes to work on its task and to have lost the skills; that is what the demo needs. It takes a CPU,
 under an hour and no network. The seed fixes every row; the trained weights also depend on the
 processor and on the version of torch, so a second machine gets a world of the same kind, not the
@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import pathlib
 import platform
+import shutil
 import tempfile
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -22,7 +23,7 @@ from typing import Any
 
 import torch
 import tyro
-from peft import LoraConfig, PeftModelForCausalLM
+from peft import PeftModelForCausalLM
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     LlamaConfig,
@@ -33,8 +34,11 @@ from transformers import (
     set_seed,
 )
 
+from spectral_surgery.adapter import files
 from spectral_surgery.demo import tasks
 from spectral_surgery.errors import OutputError
+from spectral_surgery.training import BaseOptions, RowOptions, ScheduleOptions, TrainOptions, running
+from spectral_surgery.training.recipes import SEVEN_PROJECTIONS
 
 # A causal model of transformers or PEFT; their generate() has no type that fits both.
 Model = Any
@@ -53,7 +57,7 @@ ADAPTER_EPOCHS = 10
 ADAPTER_BATCH = 16
 ADAPTER_LEARNING_RATE = 2e-3
 WRONG_LABELS = 0.3
-TARGET_MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+TARGET_MODULES = list(SEVEN_PROJECTIONS)
 
 CALIBRATION_ROWS, VALIDATION_ROWS, TEST_ROWS, ROWS_A_SKILL = 128, 200, 400, 40
 SCORED_ROWS = 200
@@ -210,26 +214,38 @@ def write_data(folder: pathlib.Path, data: dict[str, list[tasks.Row]]) -> None:
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def train_adapter(base: pathlib.Path, folder: pathlib.Path, rows: Sequence[tasks.Row], seed: int) -> None:
-    """Trains a rank-16 LoRA adapter over the stored ``base`` and writes it to ``folder``."""
-    ids, labels = encode(rows, PreTrainedTokenizerFast.from_pretrained(base))
-    set_seed(seed)
-    config = LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, lora_dropout=0.05, target_modules=TARGET_MODULES)
-    model = PeftModelForCausalLM(LlamaForCausalLM.from_pretrained(base, dtype=torch.float32), config)
-    train(
-        model,
-        ids,
-        labels,
-        seed,
-        num_train_epochs=ADAPTER_EPOCHS,
-        per_device_train_batch_size=ADAPTER_BATCH,
-        learning_rate=ADAPTER_LEARNING_RATE,
-        logging_strategy="epoch",
-    )
-    # PEFT records the path that the base was loaded from, and its model card is an empty form.
-    model.peft_config["default"].base_model_name_or_path = BASE_NAME
-    model.save_pretrained(str(folder), save_embedding_layers=False)
-    (folder / "README.md").unlink()
+def train_adapter(
+    base: pathlib.Path, folder: pathlib.Path, data: pathlib.Path, seed: int, max_steps: int | None = None
+) -> None:
+    """Trains a rank-16 LoRA adapter over the stored ``base`` and writes its two files to ``folder``.
+
+    Args:
+        base: Folder of the base model.
+        folder: Folder to write; made if it does not exist.
+        data: File of training rows.
+        seed: Of the adapter's start, its dropout and the order of the rows.
+        max_steps: Stop after so many steps, to try this out.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        options = TrainOptions(
+            recipe="math",
+            model=str(base),
+            output=pathlib.Path(scratch) / "adapter",
+            rows=RowOptions(data=str(data), format="prompt", max_length=128),
+            schedule=ScheduleOptions(
+                learning_rate=ADAPTER_LEARNING_RATE,
+                epochs=float(ADAPTER_EPOCHS),
+                max_steps=max_steps,
+                global_batch=ADAPTER_BATCH,
+                micro_batch=ADAPTER_BATCH,
+                seeds=(seed,),
+            ),
+            base=BaseOptions(base_name=BASE_NAME, dtype="float32", cpu=True),
+        )
+        (trained,) = running.train(options)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in (files.CONFIG, files.WEIGHTS):
+            shutil.copyfile(trained.folder / name, folder / name)
 
 
 def load(world: pathlib.Path, with_adapter: bool) -> tuple[Model, PreTrainedTokenizerFast]:
@@ -294,29 +310,31 @@ def figures(world: pathlib.Path, seed: int, steps: int) -> dict[str, Any]:
     }
 
 
-def finish(world: pathlib.Path, seed: int, steps: int) -> None:
+def finish(world: pathlib.Path, seed: int, steps: int, adapter_steps: int | None = None) -> None:
     """Adds data, adapter and figures to a folder that holds ``base/``, and prints the figures.
 
     Args:
         world: Folder to complete.
         seed: Seed of the data and the adapter.
         steps: How many steps the base was trained for, to be noted.
+        adapter_steps: Stop the adapter's training after so many steps, to try this out.
     """
     data = make_data(seed)
     write_data(world / "data", data)
-    train_adapter(world / "base", world / "adapter", data["train"], seed)
+    train_adapter(world / "base", world / "adapter", world / "data" / "train.jsonl", seed, adapter_steps)
     text = json.dumps(figures(world, seed, steps), indent=2)
     (world / "figures.json").write_text(text + "\n")
     print(text)
 
 
-def build(output: pathlib.Path, seed: int = 0, steps: int = 3000) -> None:
+def build(output: pathlib.Path, seed: int = 0, steps: int = 3000, adapter_steps: int | None = None) -> None:
     """Builds base, data, adapter and figures into a new folder.
 
     Args:
         output: Folder to write; must be absent or empty.
         seed: Seed of everything.
         steps: Training steps of the base, 128 rows each.
+        adapter_steps: Stop the adapter's training after so many steps, to try this out.
 
     Raises:
         OutputError: If ``output`` holds something.
@@ -324,7 +342,7 @@ def build(output: pathlib.Path, seed: int = 0, steps: int = 3000) -> None:
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise OutputError(f"{output} is not an empty folder: name one that does not exist yet.")
     print(f"base: mean training loss {train_base(output / 'base', seed, steps):.4f}")
-    finish(output, seed, steps)
+    finish(output, seed, steps, adapter_steps)
 
 
 if __name__ == "__main__":

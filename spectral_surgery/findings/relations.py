@@ -163,12 +163,14 @@ def against_the_base(inspection: Inspection) -> Iterator[Finding]:
         )
     if intruding := [path for path, view in base.items() if view.intruders]:
         count = sum(base[path].intruders for path in intruding)
+        undecided = sum(view.undecided for view in base.values())
+        open_ = f" Of {undecided} more it is not known." if undecided else ""
         yield Finding(
             "intruder",
             "note",
             inspection.name,
             f"New to the base weight: {plural(count, 'leading direction')} of W + delta.",
-            f"They lie in {plural(len(intruding), 'module')} of {len(base)}; the first is {intruding[0]}.",
+            f"They lie in {plural(len(intruding), 'module')} of {len(base)}; the first is {intruding[0]}.{open_}",
             "Intruder directions go with forgetting; weakening the components that cause them is worth a try.",
             tuple(intruding),
         )

@@ -1,10 +1,9 @@
 """Gates on a loaded LoRA layer: switched without touching a weight, and measurable per example in one backward pass.
 
 PEFT computes a linear LoRA layer as ``base(x) + scale lora_B(lora_A(x))``. With ``B A = U diag(S) Vh`` the output of
-lora_B is the sum of components ``u_k c_k``, ``c = C z``, ``z = lora_A(x)``, ``C = U^T B``. A forward hook on lora_B
-turns it into ``sum_k alpha_k u_k c_k``, for gates per module or per example. It sits inside PEFT, so scale, dropout,
-quantised bases, disabled and further adapters need no thought; with all gates at one it returns lora_B's own output,
-bit for bit.
+lora_B is the sum of components ``u_k c_k``, ``c = C z``, ``z = lora_A(x)``, ``C = U^T B``. A gate turns it into
+``sum_k alpha_k u_k c_k``, for gates per module or per example; with all gates at one the output is what it was, bit
+for bit. Where a gate sits in a layer is its seat's matter, see :mod:`.seats`.
 
 The derivative by a gate is ``dL/d alpha_k = sum_t (dL/dy_t . u_k) c_tk = S_k g_k``: two thin products per module in
 the backward pass, and no gradient of any weight.
@@ -12,14 +11,13 @@ the backward pass, and no gradient of any weight.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from spectral_surgery.spectrum import LowRank, Spectrum, exact
 
@@ -29,27 +27,70 @@ class NotPerExampleError(Exception):
 
 
 @dataclass(frozen=True)
+class RowNorm:
+    """How a DoRA layer's row norms follow its gates (squared norms relative to those at gates of one)."""
+
+    linear: Float[Tensor, "k out"]
+    """``2 sigma_k U_jk (W + dW) v_k / n_j^2`` with ``sigma = scale S``."""
+    square: Float[Tensor, "k out"]
+    """``sigma_k^2 U_jk^2 / n_j^2``."""
+    bias: Float[Tensor, " out"]
+    """The layer's bias, which is not rescaled."""
+
+    def rescale(self, alpha: Float[Tensor, "rows k"]) -> Float[Tensor, "rows out"]:
+        """Returns ``n / n(alpha)``, one where all gates are one (V is orthonormal, so there are no cross terms)."""
+        moved = alpha - 1
+        return torch.rsqrt(1 + moved @ self.linear + moved.square() @ self.square)
+
+
+@dataclass(frozen=True)
 class Components:
     """What a gate needs of one module; float32, or float64 where the model is."""
 
     U: Float[Tensor, "out k"]
-    """Output directions."""
+    """Output directions, as they reach the tensor that is gated."""
     C: Float[Tensor, "k r"]
     """``U^T B``: takes lora_A's output to component outputs."""
     scale: float
-    """What PEFT multiplies lora_B's output by."""
+    """What PEFT multiplies the gated tensor by."""
+    A: Float[Tensor, "r in"] | None = None
+    """Input factor, for seats that compute ``z = A x`` themselves."""
+    energy: Float[Tensor, " k"] | None = None
+    """Output energy of unit white inputs, for seats that do not see the inputs."""
+    norm: RowNorm | None = None
+    """DoRA's row norms."""
+    label: int = 0
+    """Which of a module's places this is."""
 
     @classmethod
-    def of(cls, update: LowRank, spectrum: Spectrum) -> Components:
+    def of(cls, update: LowRank, spectrum: Spectrum, *, transposed: bool = False, label: int = 0) -> Components:
         """Returns the components of an update, on the CPU."""
-        return cls(spectrum.U, spectrum.U.T @ exact(update.B), update.scale)
+        if transposed:
+            return cls(spectrum.Vh.T, spectrum.Vh @ exact(update.A).T, update.scale, label=label)
+        return cls(spectrum.U, spectrum.U.T @ exact(update.B), update.scale, label=label)
+
+    def folded(self, A: Tensor) -> Components:
+        """Returns the components of a gate behind the scale, which reads the layer's own input through A."""
+        return replace(self, C=self.scale * self.C, scale=1.0, A=exact(A))
+
+    def unseen(self, S: Float[Tensor, " k"]) -> Components:
+        """Returns the components of a gate on weights, which sees no inputs."""
+        return replace(self, energy=(self.scale * S) ** 2)
 
     def like(self, out: Tensor) -> Components:
         """Returns the components on a tensor's device, in its dtype but at least float32."""
         dtype = torch.promote_types(out.dtype, torch.float32)
         if self.U.device == out.device and self.U.dtype == dtype:
             return self
-        return Components(self.U.to(out.device, dtype), self.C.to(out.device, dtype), self.scale)
+        return _moved(self, out.device, dtype)
+
+
+def _moved(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device, dtype)
+    if isinstance(value, Components | RowNorm):
+        return replace(value, **{f.name: _moved(getattr(value, f.name), device, dtype) for f in fields(value)})
+    return value
 
 
 class _Gate(torch.autograd.Function):
@@ -76,6 +117,58 @@ class _Gate(torch.autograd.Function):
         return grad, by_z, by_alpha, None, None
 
 
+def gate(alpha: Float[Tensor, "rows k"], parts: Components, z: Tensor, out: Tensor, *, ones: bool = False) -> Tensor:
+    """Returns a layer's output with gates applied, a row of them an example; the first dimension is examples.
+
+    Args:
+        alpha: The gates.
+        parts: The module's components.
+        z: (examples, ..., r), what the components read.
+        out: (examples, ..., out), what they are part of.
+        ones: That all gates are one, so that the output is ``out`` and only its derivative is asked for.
+    """
+    if parts.norm is None:
+        return _Gate.apply(out, z, alpha, parts, ones)
+    own = out - parts.norm.bias.to(out.dtype)
+    rescale = parts.norm.rescale(alpha).view(len(alpha), *[1] * (out.ndim - 2), -1)
+    return (out + (_Gate.apply(own, z, alpha, parts, ones) * rescale - own)).to(out.dtype)
+
+
+@runtime_checkable
+class Gating(Protocol):
+    """What the seats ask: gated outputs where a layer's outputs are at hand, gates where only its weights are."""
+
+    def outputs(self, path: str, parts: Components, z: Tensor, out: Tensor) -> Tensor:
+        """Returns ``out`` with the module's gates applied."""
+
+    def weights(self, path: str, parts: Components) -> Float[Tensor, "1 k"]:
+        """Returns the module's gates, the same for all examples."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """Gates that are given: one row for all examples, or a row an example."""
+
+    gates: Mapping[str, Float[Tensor, "rows k"]]
+
+    def outputs(self, path: str, parts: Components, z: Tensor, out: Tensor) -> Tensor:
+        """Returns ``out`` with the module's gates applied."""
+        alpha = self.gates[path].to(parts.C)
+        if len(alpha) == 1:
+            z, shaped = z.reshape(1, -1, z.shape[-1]), out.reshape(1, -1, out.shape[-1])
+            return gate(alpha, parts, z, shaped).view(out.shape)
+        if z.ndim < 3 or z.shape[0] != len(alpha):
+            raise NotPerExampleError(f"{path}: input of shape {tuple(z.shape)} for {len(alpha)} examples")
+        return gate(alpha, parts, z, out)
+
+    def weights(self, path: str, parts: Components) -> Float[Tensor, "1 k"]:
+        """Returns the module's one row of gates."""
+        alpha = self.gates[path].to(parts.C)
+        if len(alpha) != 1:
+            raise NotPerExampleError(f"{path}: it works on weights, which all {len(alpha)} examples share")
+        return alpha
+
+
 @dataclass
 class Probe:
     """One batch's gates at one, as leaves of the graph, and what the forward and backward pass leave there."""
@@ -87,55 +180,42 @@ class Probe:
     gates: dict[str, Float[Tensor, "examples k"]] = field(default_factory=dict)
     """By module path; their ``.grad`` is ``dL_i / d alpha_k`` after the backward pass."""
     energies: dict[str, Float[Tensor, "examples k"]] = field(default_factory=dict)
-    """Mean over tokens of each component's squared scaled output."""
+    """Mean over tokens of each component's squared scaled output, summed over the places where a module works."""
+    _seen: set[tuple[str, int]] = field(default_factory=set)
 
-    def attend(self, path: str, parts: Components, z: Tensor, out: Tensor) -> Tensor:
-        """Returns lora_B's output, unchanged, with this batch's gates in its graph."""
+    def outputs(self, path: str, parts: Components, z: Tensor, out: Tensor) -> Tensor:
+        """Returns ``out``, unchanged, with this batch's gates in its graph."""
         if self.examples == 1:
             z, shaped = z.reshape(1, -1, z.shape[-1]), out.reshape(1, -1, out.shape[-1])
         elif z.ndim < 3 or z.shape[0] != self.examples:
             raise NotPerExampleError(f"{path}: input of shape {tuple(z.shape)} in a batch of {self.examples}")
         else:
             shaped = out
+        alpha = self._leaf(path, parts)
+        if (path, parts.label) not in self._seen:
+            self._seen.add((path, parts.label))
+            self.energies[path] = self.energies[path] + self._energy(z, parts)
+        return gate(alpha, parts, z, shaped, ones=True).view(out.shape)
+
+    def weights(self, path: str, parts: Components) -> Float[Tensor, "1 k"]:
+        """Returns this batch's gates, which must be those of one example."""
+        if self.examples != 1:
+            raise NotPerExampleError(f"{path}: it works on weights, which all examples of a batch share")
+        alpha = self._leaf(path, parts)
+        if parts.energy is not None:
+            self.energies[path] = parts.energy[None]
+        return alpha
+
+    def _leaf(self, path: str, parts: Components) -> Tensor:
         if path not in self.gates:
             self.gates[path] = parts.C.new_ones(self.examples, len(parts.C), requires_grad=True)
-            self.energies[path] = self._energy(z, parts)
-        return _Gate.apply(shaped, z, self.gates[path], parts, True).view(out.shape)
+            self.energies[path] = parts.C.new_zeros(self.examples, len(parts.C))
+        return self.gates[path]
 
     @torch.no_grad()
     def _energy(self, z: Tensor, parts: Components) -> Tensor:
-        squared = (parts.scale * (z.to(parts.C) @ parts.C.T)).flatten(1, -2) ** 2
+        squared = (parts.scale * (z.to(parts.C) @ parts.C.T)).flatten(1, -2) ** 2 * parts.U.square().sum(0)
         if self.mask is None or self.mask.shape != squared.shape[:2]:
-            return squared.mean(1)
+            return squared.sum(1) / max(squared.shape[1], 1)
         weight = self.mask.to(squared)[..., None]
         return (squared * weight).sum(1) / weight.sum(1)
-
-
-Transform = Callable[[str, Components, Tensor, Tensor], Tensor]
-"""(module path, components, lora_B's input, its output) -> new output."""
-
-
-@contextmanager
-def hooked(layers: dict[str, nn.Module], components: dict[str, Components], transform: Transform) -> Iterator[None]:
-    """Applies a transform to the output of each layer's lora_B; nothing is left behind, also after an exception."""
-    with ExitStack() as stack:
-        for path, lora_B in layers.items():
-            handle = lora_B.register_forward_hook(_hook(path, components, transform))
-            stack.callback(handle.remove)
-        yield
-
-
-def _hook(path: str, components: dict[str, Components], transform: Transform) -> Callable[..., Tensor]:
-    def hook(module: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> Tensor:
-        parts = components[path] = components[path].like(out)
-        with torch.autocast(out.device.type, enabled=False):
-            return transform(path, parts, inputs[0], out)
-
-    return hook
-
-
-def gate_output(alpha: Float[Tensor, "rows k"], parts: Components, z: Tensor, out: Tensor) -> Tensor:
-    """Returns lora_B's output with gates applied: one row for all examples, or a row an example."""
-    rows = alpha.to(parts.C)
-    rows = rows.expand(z.shape[0], -1) if len(rows) == 1 else rows
-    return _Gate.apply(out, z, rows, parts, False)

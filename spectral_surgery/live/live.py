@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
@@ -10,11 +10,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import torch.utils.checkpoint
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from spectral_surgery.adapter import Adapter
+from spectral_surgery.adapter.kinds import Place, plain_name
 from spectral_surgery.errors import BaseModelError
-from spectral_surgery.live.gating import Components, Probe, gate_output, hooked
+from spectral_surgery.live.gating import Components, Held, Probe
+from spectral_surgery.live.seats import SEATS, Site, attached
 from spectral_surgery.policies import Gates
 from spectral_surgery.spectrum import Spectrum
 from spectral_surgery.surgery import spectra
@@ -55,8 +58,14 @@ class Live:
         self.model = model
         self.adapter = adapter or Adapter.from_model(model, adapter_name)
         self.tokenizer = tokenizer
+        self.adapter_name = adapter_name
         self.paths = list(paths) if paths is not None else list(self.adapter.updates)
-        self._layers = {path: self._layer(path, adapter_name) for path in self.paths}
+        self._layers = [
+            (path, place, self._layer(path, place))
+            for path in self.paths
+            for place in self.adapter.stored[path].places
+        ]
+        self._check_held()
 
     @cached_property
     def spectra(self) -> dict[str, Spectrum]:
@@ -65,14 +74,24 @@ class Live:
         return spectra({path: updates[path] for path in self.paths})
 
     @cached_property
-    def _components(self) -> dict[str, Components]:
-        updates = self.adapter.updates
-        return {path: Components.of(updates[path], found) for path, found in self.spectra.items()}
+    def _sites(self) -> list[Site]:
+        """Where every gate goes, with the components that it needs there."""
+        updates, base, sites = self.adapter.updates, self.model.get_base_model(), []
+        for label, (path, place, layer) in enumerate(self._layers):
+            update, spectrum = updates[path], self.spectra[path]
+            parts = Components.of(update, spectrum, transposed=place.transposed, label=label)
+            site = Site(path, place, layer, self.adapter_name, base, parts)
+            site.parts = SEATS[place.seat].components(site, update, spectrum)
+            sites.append(site)
+        return sites
 
     @property
     def device(self) -> torch.device:
         """Where the model takes its inputs."""
-        return self.model.get_input_embeddings().weight.device
+        try:
+            return self.model.get_input_embeddings().weight.device
+        except (AttributeError, NotImplementedError):  # not every model has token embeddings
+            return next(self.model.parameters()).device
 
     @contextmanager
     def gated(self, gates: Gates) -> Iterator[None]:
@@ -83,18 +102,40 @@ class Live:
         """
         alphas = {path: torch.as_tensor(np.atleast_2d(alpha)) for path, alpha in gates.items()}
         alphas = {path: alpha for path, alpha in alphas.items() if (alpha != 1).any()}
-
-        def transform(path: str, parts: Components, z: Tensor, out: Tensor) -> Tensor:
-            return gate_output(alphas[path], parts, z, out)
-
-        layers = {path: self._layers[path] for path in alphas}
-        with hooked(layers, self._components, transform):
+        with attached([site for site in self._sites if site.path in alphas], Held(alphas)):
             yield
+
+    @contextmanager
+    def tuned(self, gates: Mapping[str, Float[Tensor, " k"]]) -> Iterator[None]:
+        """Computes with gates held as tensors while open; they get gradients, no weight does.
+
+        Args:
+            gates: By module path, one row for all examples; a subset of :attr:`paths`.
+        """
+        rows = {path: gate[None] for path, gate in gates.items()}
+        with attached([site for site in self._sites if site.path in rows], Held(rows)):
+            yield
+
+    @contextmanager
+    def holding(self, adapter: Adapter) -> Iterator[None]:
+        """Computes with another adapter's tensors while open, such as an edited one as it will be written.
+
+        Args:
+            adapter: One with the same tensors, by name and shape.
+
+        Raises:
+            AdapterError: If it has others.
+        """
+        try:
+            adapter.apply_(self.model, self.adapter_name)
+            yield
+        finally:
+            self.adapter.apply_(self.model, self.adapter_name)
 
     @contextmanager
     def probing(self, probe: Probe) -> Iterator[None]:
         """Puts a probe's gates into the graph while open; the model computes what it computes without."""
-        with hooked(self._layers, self._components, probe.attend):
+        with attached(self._sites, probe):
             yield
 
     @contextmanager
@@ -129,22 +170,47 @@ class Live:
             for weight in learning:
                 weight.requires_grad_(True)
 
-    def _layer(self, path: str, adapter_name: str) -> nn.Module:
-        """Returns the lora_B of a module, after checking that it holds the adapter's own factor."""
+    def _layer(self, path: str, place: Place) -> Any:
+        """Returns PEFT's layer of a module, after checking that it computes with the adapter as its kind says."""
+        name = self.adapter_name
         try:
-            layer = self.model.get_base_model().get_submodule(path)
-            lora_B = layer.lora_B[adapter_name]
-        except (AttributeError, KeyError) as error:
-            raise BaseModelError(f"{path}: the model has no LoRA layer {adapter_name!r} here.") from error
+            layer = self.model.get_base_model().get_submodule(place.layer)
+            active = layer.active_adapters
+        except AttributeError as error:
+            raise BaseModelError(f"{path}: the model has no LoRA layer {name!r} here.") from error
+        if not any(name in getattr(layer, factors, ()) for factors in ("lora_B", "lora_embedding_B")):
+            raise BaseModelError(f"{path}: the model has no LoRA layer {name!r} here.")
         if layer.merged:
             raise BaseModelError(f"{path}: the adapter is merged into the base weight. Unmerge it first.")
-        if adapter_name not in layer.active_adapters:
-            raise BaseModelError(f"{path}: adapter {adapter_name!r} is not active. Call set_adapter first.")
-        held, stored = lora_B.weight.detach(), self.adapter.updates[path].B
-        coarser = max(held.dtype, stored.dtype, key=lambda dtype: torch.finfo(dtype).eps)
-        if held.device.type != "meta" and not torch.equal(held.cpu().to(coarser), stored.to(coarser)):
-            raise BaseModelError(f"{path}: the loaded lora_B is not the adapter's. The adapter did not load.")
-        return lora_B
+        if name not in active:
+            raise BaseModelError(f"{path}: adapter {name!r} is not active. Call set_adapter first.")
+        SEATS[place.seat].check(layer, path)
+        return layer
+
+    def _check_held(self) -> None:
+        """Checks that the model holds the adapter's own tensors, where they are in memory."""
+        held = held_tensors(self.model, self.adapter_name)
+        for path in self.paths:
+            for slot in self.adapter.stored[path].slots:
+                name = plain_name(slot.name)
+                if not _agree(held.get(name), self.adapter.tensors[slot.name]):
+                    raise BaseModelError(f"{path}: the loaded {name} is not the adapter's. The adapter did not load.")
+
+
+def held_tensors(model: PeftModel, adapter_name: str) -> dict[str, Tensor]:
+    """Returns the LoRA tensors that a model holds for an adapter, by their names in a file."""
+    return {
+        plain_name(name): weight.detach()
+        for name, weight in model.named_parameters()
+        if "lora_" in name and adapter_name in name.rpartition("lora_")[2].split(".")
+    }
+
+
+def _agree(held: Tensor | None, stored: Tensor) -> bool:
+    if held is None or held.shape != stored.shape:
+        return False
+    coarser = max(held.dtype, stored.dtype, key=lambda dtype: torch.finfo(dtype).eps)
+    return held.is_meta or torch.equal(held.cpu().to(coarser), stored.to(coarser))
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""One self-contained HTML page about one or several adapters: hover for values, choose kinds, compare.
+"""Self-contained HTML pages, about adapters and about two models' weights: hover for values, choose, compare.
 
 Style, script and data are inside the file, and a content policy in it forbids the browser every request, so it can be
 mailed, archived or opened from a build server.
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from spectral_surgery import __version__
+from spectral_surgery.comparing_weights import WeightComparison, to_json
 from spectral_surgery.errors import InputError, OutputError
 from spectral_surgery.findings import findings
 from spectral_surgery.inspecting import plain
@@ -26,26 +27,47 @@ DIGITS = 4
 
 
 def render(inspections: Sequence[Inspection]) -> str:
-    """Returns the page.
+    """Returns the page about adapters.
 
     Raises:
         InputError: If jinja2 is not installed.
     """
+    title = f"{', '.join(inspection.name for inspection in inspections)}: inside the adapter"
+    return _page("page", title, [_data(inspection) for inspection in inspections])
+
+
+def render_weights(found: WeightComparison) -> str:
+    """Returns the page about a fine-tuned model's weights against the pre-trained ones.
+
+    Raises:
+        InputError: If jinja2 is not installed.
+    """
+    kinds = [{"name": group.name, "paths": group.paths, "layers": group.layers} for group in found.groups]
+    return _page("weights", f"{found.after}: its weights against {found.before}", short(to_json(found) | {"groups": kinds}))
+
+
+def _page(name: str, title: str, data: Any) -> str:
     try:
         from jinja2 import Environment
     except ImportError as error:
         raise InputError("The page needs jinja2. Install it with: pip install 'spectral-surgery[report]'.") from error
     template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(_text("page.html.j2"))
-    content = json.dumps([_data(inspection) for inspection in inspections], separators=(",", ":"))
     return template.render(
         mark=MARK,
-        title=", ".join(inspection.name for inspection in inspections),
+        title=title,
         style=_text("page.css"),
-        script=_text("page.js"),
+        body=_text(f"{name}.html"),
+        script=_text("charts.js") + _text(f"{name}.js"),
         # A "</script>" inside a string would end the block early.
-        data=content.replace("<", "\\u003c"),
+        data=json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"),
         version=__version__,
     )
+
+
+def write(path: Path, text: str) -> None:
+    """Writes a page, in folders that are made where there are none; see :func:`check_path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
 
 
 def check_path(path: Path, *, overwrite: bool) -> None:

@@ -9,7 +9,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from spectral_surgery.adapter.kinds.linear import DTYPES
+from spectral_surgery.adapter.kinds import DTYPES
 from spectral_surgery.errors import AdapterError, BaseModelError, InputError
 from spectral_surgery.speclora.config import SpecLoraConfig
 from spectral_surgery.speclora.layer import Linear, SpecLoraLayer

@@ -23,6 +23,7 @@ import torch
 from jaxtyping import Float
 from scipy.special import stdtrit
 
+from spectral_surgery.ablation import Ablation
 from spectral_surgery.calibration import Batch, Tokenized, batches, tokenize
 from spectral_surgery.errors import InputError
 from spectral_surgery.formats import Example
@@ -33,41 +34,6 @@ from spectral_surgery.tables import table
 
 ALL_ROWS = 2**31
 REFERENCE = "lora"
-
-
-@dataclass(frozen=True)
-class StudyOptions:
-    """What is trained and how often."""
-
-    base_model: str
-    """Folder or Hub id of the base model."""
-    k: tuple[int, ...] = (32, 64, 128, 200)
-    """Numbers of rows that are tried; the second is the one at which the choices are compared."""
-    seeds: int = 3
-    """Training runs a variant."""
-    steps: int = 60
-    """Training steps a run."""
-    batch_size: int = 16
-    """Rows in a step."""
-    rank: int = 8
-    """LoRA rank; lora_alpha is twice this."""
-    learning_rate: float = 3e-3
-    """At the first step; it falls linearly to 0."""
-    delta_learning_rate: float = 10.0
-    """Learning rate of delta as a multiple of that."""
-    target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
-    """Modules that get an adapter."""
-    ia3_modules: tuple[str, ...] = ("k_proj", "v_proj", "up_proj")
-    """Modules all of whose rows are scaled in the variant that is IA3 beside LoRA."""
-    max_new_tokens: int = 16
-    """Longest answer that is generated for the exact match."""
-
-    def __post_init__(self) -> None:
-        if self.seeds < 2 or len(self.k) < 2 or self.steps < 1:
-            raise InputError(
-                f"There are {self.seeds} seeds, {len(self.k)} values of k and {self.steps} steps; expected at least "
-                f"2 seeds, 2 values of k and 1 step."
-            )
 
 
 @dataclass(frozen=True)
@@ -86,22 +52,28 @@ Progress = Callable[[int, int], None]
 
 
 def study(
-    options: StudyOptions, train: Sequence[Example], test: Sequence[Example], progress: Progress | None = None
+    base_model: str,
+    train: Sequence[Example],
+    test: Sequence[Example],
+    options: Ablation,
+    progress: Progress | None = None,
 ) -> str:
     """Trains every variant with every seed and returns the tables as text.
 
     Args:
-        options: What is trained.
+        base_model: Folder or Hub id.
         train: Rows to learn from.
         test: Rows to score on; none of them may be among the others.
+        options: What is trained and how often.
         progress: Called after each run with (done, total).
 
     Raises:
-        InputError: If a row is in both sets, or the base model cannot be loaded.
+        InputError: If an option is out of range, a row is in both sets, or the base model cannot be loaded.
     """
+    options.check()
     if both := {example.digest for example in train} & {example.digest for example in test}:
         raise InputError(f"{len(both)} rows are in both the training and the test data. Take them out of one.")
-    loaded = _load(options.base_model)
+    loaded = _load(base_model)
     found: dict[str, Trained] = {}
     chosen = variants(options)
     total = options.seeds * len(chosen)
@@ -116,7 +88,7 @@ def study(
     return "\n\n".join([_scores(found), _comparisons(found, options), _note(options, train, test)])
 
 
-def variants(options: StudyOptions) -> dict[str, dict[str, Any]]:
+def variants(options: Ablation) -> dict[str, dict[str, Any]]:
     """Returns the configuration of every variant beside rank and modules, by name; plain LoRA first."""
     k = options.k[1]
     found: dict[str, dict[str, Any]] = {REFERENCE: {"k": 0}, _matched(k): {"k": 0, "like": k}}
@@ -131,7 +103,7 @@ def variants(options: StudyOptions) -> dict[str, dict[str, Any]]:
     return found
 
 
-def pairs(options: StudyOptions) -> list[tuple[str, str]]:
+def pairs(options: Ablation) -> list[tuple[str, str]]:
     """Returns which variants are compared, the first with the second."""
     k = options.k[1]
     first = _named("first", k)
@@ -176,7 +148,7 @@ def raised_ranks(shapes: Mapping[str, tuple[int, int]], rank: int, extra: int) -
     return {path: r for path, r in ranks.items() if r != rank}
 
 
-def _adapted(options: StudyOptions, base: Any, changes: Mapping[str, Any]) -> Any:
+def _adapted(options: Ablation, base: Any, changes: Mapping[str, Any]) -> Any:
     """Returns the base model with a fresh adapter of one variant."""
     from peft import get_peft_model
 
@@ -203,7 +175,7 @@ def _adapted(options: StudyOptions, base: Any, changes: Mapping[str, Any]) -> An
 
 
 def _run(
-    options: StudyOptions,
+    options: Ablation,
     loaded: tuple[Any, Any],
     changes: Mapping[str, Any],
     train: Sequence[Example],
@@ -238,7 +210,7 @@ def _load(name: str) -> tuple[Any, Any]:
         raise InputError(f"The base model {name} cannot be loaded ({reason}). Pass another --base-model.") from error
 
 
-def _stream(options: StudyOptions, tokenized: Tokenized, seed: int) -> Iterator[Batch]:
+def _stream(options: Ablation, tokenized: Tokenized, seed: int) -> Iterator[Batch]:
     """Yields the steps' batches: the rows in a random order, again and again."""
     rng = np.random.default_rng(seed)
     order: list[int] = []
@@ -252,7 +224,7 @@ def _stream(options: StudyOptions, tokenized: Tokenized, seed: int) -> Iterator[
 
 @torch.no_grad()
 def _scored(
-    model: Any, tokenizer: Any, test: Sequence[Example], options: StudyOptions
+    model: Any, tokenizer: Any, test: Sequence[Example], options: Ablation
 ) -> tuple[Float[np.ndarray, " rows"], Float[np.ndarray, " rows"]]:
     losses = np.zeros(len(test))
     for batch in batches(tokenize(test, tokenizer, max_length=1024)):
@@ -278,7 +250,7 @@ def _scores(found: Mapping[str, Trained]) -> str:
     return table(["variant", "trained", "test loss", "exact %"], rows)
 
 
-def _comparisons(found: Mapping[str, Trained], options: StudyOptions) -> str:
+def _comparisons(found: Mapping[str, Trained], options: Ablation) -> str:
     rows = []
     for ours, theirs in pairs(options):
         loss, loss_half = paired_interval(found[ours].losses - found[theirs].losses)
@@ -288,7 +260,7 @@ def _comparisons(found: Mapping[str, Trained], options: StudyOptions) -> str:
     return table(["variant", "against", "test loss", "exact, points", "told apart by loss"], rows, left=2)
 
 
-def _note(options: StudyOptions, train: Sequence[Example], test: Sequence[Example]) -> str:
+def _note(options: Ablation, train: Sequence[Example], test: Sequence[Example]) -> str:
     return (
         f"{len(train)} training rows, {options.steps} steps of {options.batch_size}, {len(test)} test rows, "
         f"{options.seeds} seeds. Test loss in nats per answer token; differences are of the same seed on the same "

@@ -1,8 +1,7 @@
-"""Adapter kinds: which tensors of a file form one module's update, and where an edit of it is written.
+"""Adapter kinds: which tensors of a file form an update, where an edit of it is written, where its gate sits.
 
-Each kind is a module with ``read(config, tensors) -> {module path: Stored}``; together they must claim every tensor
-whose name says LoRA. What none of them claims and is no LoRA tensor (modules_to_save, trained tokens, biases) passes
-through unchanged.
+To add one: a file with a :class:`Kind`, and its line in :data:`KINDS`. Together the kinds must claim every tensor
+whose name says LoRA; what is no LoRA tensor (modules_to_save, trained tokens, biases) passes through unchanged.
 """
 
 from __future__ import annotations
@@ -12,13 +11,54 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from spectral_surgery.adapter.config import AdapterConfig
-from spectral_surgery.adapter.kinds import linear
-from spectral_surgery.adapter.kinds.linear import DTYPES, Stored
-from spectral_surgery.errors import AdapterError
+from spectral_surgery.adapter.kinds import (
+    adalora,
+    attention,
+    bdlora,
+    convolution,
+    dora,
+    embedding,
+    experts,
+    kasa,
+    linear,
+    qalora,
+    variants,
+)
+from spectral_surgery.adapter.kinds.kind import (
+    DTYPES,
+    PREFIX,
+    Kind,
+    Module,
+    Place,
+    Seat,
+    Slot,
+    Stored,
+    modules,
+    plain_name,
+)
+from spectral_surgery.errors import AdapterError, combine
+from spectral_surgery.spectrum import finite
 
-KINDS = (linear,)
+KINDS: tuple[Kind, ...] = (
+    adalora.KIND,
+    experts.KIND,
+    attention.KIND,
+    dora.KIND,
+    kasa.KIND,
+    bdlora.KIND,
+    qalora.KIND,
+    variants.MICA,
+    variants.ALORA,
+    variants.VELORA,
+    variants.MONTECLORA,
+    embedding.TIED_HEAD,
+    embedding.KIND,
+    convolution.KIND,
+    linear.KIND,
+)
+"""Every kind; the first that claims a module reads it."""
 
-__all__ = ["KINDS", "Stored", "read"]
+__all__ = ["DTYPES", "KINDS", "Kind", "Module", "Place", "Seat", "Slot", "Stored", "kind_of", "plain_name", "read"]
 
 
 def read(config: AdapterConfig, tensors: Mapping[str, Tensor]) -> dict[str, Stored]:
@@ -28,23 +68,46 @@ def read(config: AdapterConfig, tensors: Mapping[str, Tensor]) -> dict[str, Stor
         AdapterError: If a LoRA tensor belongs to no known kind, a kind finds its tensors inconsistent, or any tensor
             is not finite.
     """
-    modules: dict[str, Stored] = {}
-    for kind in KINDS:
-        modules |= kind.read(config, tensors)
-    claimed = {name for stored in modules.values() for name in stored.claims}
+    found: dict[str, Stored] = {}
+    faults: list[str] = []
+    claimed: set[str] = set()
+    for module in modules(tensors).values():
+        if kind := kind_of(config, module):
+            faults += _misnamed(module)
+            claimed |= module.of(kind.roles)
+            if not (wrong := list(kind.faults(config, module))):
+                found |= kind.read(config, module)
+            faults += wrong
+    combine(faults[:20], AdapterError)
+    _check_claims(tensors, claimed)
+    return found
+
+
+def kind_of(config: AdapterConfig, module: Module) -> Kind | None:
+    """Returns the kind of a module's tensors."""
+    return next((kind for kind in KINDS if kind.claims(config, module)), None)
+
+
+def _misnamed(module: Module) -> list[str]:
+    name = module.claims[0]
+    if name.startswith(PREFIX):
+        return []
+    return [f"{name} does not start with {PREFIX}, so PEFT would leave it out silently. Rename the tensors."]
+
+
+def _check_claims(tensors: Mapping[str, Tensor], claimed: set[str]) -> None:
     unknown = [name for name in tensors if "lora_" in name and name not in claimed]
     if unknown:
         raise AdapterError(
             f"{len(unknown)} LoRA tensors are of a kind that is not edited, the first is {unknown[0]} "
-            f"{tuple(tensors[unknown[0]].shape)}. Supported are lora_A.weight and lora_B.weight of linear layers."
+            f"{tuple(tensors[unknown[0]].shape)}. Save the adapter with PEFT, or update spectral-surgery."
         )
-    if not modules:
+    if not claimed:
         raise AdapterError(
             f"The adapter has {len(tensors)} tensors and none is a LoRA factor. Expected names such as "
             f"base_model.model.model.layers.0.self_attn.o_proj.lora_A.weight."
         )
-    if bad := [name for name, tensor in tensors.items() if tensor.dtype in DTYPES and not tensor.isfinite().all()]:
+    if bad := [name for name, tensor in tensors.items() if tensor.dtype in DTYPES and not finite(tensor)]:
         raise AdapterError(
             f"{bad[0]} has values that are not finite. The training diverged; go back to an earlier checkpoint."
         )
-    return modules

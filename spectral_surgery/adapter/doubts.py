@@ -1,0 +1,39 @@
+"""What is worth a warning when an adapter is read: it can be edited, and something else about it may mislead."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+
+from spectral_surgery.adapter.config import AdapterConfig
+from spectral_surgery.adapter.kinds import Stored
+from spectral_surgery.spectrum import exact, update_norm
+
+HALF = (torch.float16, torch.bfloat16)
+CANCELLED = 1e-2
+"""Norm of B A relative to the norms of B and A under which 16-bit factors no longer say what their product is."""
+
+
+def doubts(config: AdapterConfig, stored: Mapping[str, Stored]) -> Iterator[str]:
+    """Yields what a user should know of an adapter before editing it, a sentence each."""
+    if config.raw.get("init_lora_weights") == "loftq":
+        yield (
+            "The adapter was initialised by LoftQ: part of its update repairs the rounding of the quantised base that "
+            "it was trained on, and is no part of what it learnt. Measure and use it on that base."
+        )
+    if cancelled := [path for path, one in stored.items() if _cancels(one)]:
+        yield (
+            f"{cancelled[0]}{f' and {len(cancelled) - 1} more modules' if len(cancelled) > 1 else ''}: the update is "
+            f"less than {CANCELLED:g} of its 16-bit factors, as of a PiSSA, OLoRA or CorDA adapter that was converted "
+            f"and then rounded. Much of it is rounding. Convert it again from float32, and save that as float32."
+        )
+
+
+def _cancels(stored: Stored) -> bool:
+    """Returns whether the factors' product is lost in their rounding; a zero update is not."""
+    update = stored.update
+    if update.A.dtype not in HALF or update.B.dtype not in HALF:
+        return False
+    factors = float(exact(update.B).norm() * exact(update.A).norm())
+    return 0 < update_norm(update.B, update.A) < CANCELLED * factors

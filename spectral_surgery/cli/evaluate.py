@@ -1,0 +1,67 @@
+"""The command that benchmarks adapters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from spectral_surgery.cli import console
+from spectral_surgery.cli.commands import Command
+from spectral_surgery.options import ModelOptions
+from spectral_surgery.suite import SuiteOptions
+
+if TYPE_CHECKING:
+    from spectral_surgery.evaluation import Prepared
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate(Command):
+    """Benchmarks the base model, an adapter and others of the same base, paired document by document.
+
+    lm-evaluation-harness scores all of them in one loaded model. The defaults are the paper's: gsm8k with 5 examples,
+    humaneval, ifeval (strict, by prompt and by instruction) and commonsense_qa without.
+    """
+
+    adapter: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="ADAPTER")]
+    """Adapter folder or Hub id."""
+    against: tuple[str, ...] = ()
+    """Other adapters of the same base, such as the unedited one."""
+    suite: SuiteOptions = field(default_factory=SuiteOptions)
+    model: ModelOptions = field(default_factory=ModelOptions)
+    noise_floor: int = 0
+    """Score the unedited adapter this many times more, and print the spread that a gain must beat."""
+    output: Path | None = None
+    """Folder for records, table and manifest; by default ADAPTER-evaluation in this folder."""
+    overwrite: bool = False
+    """Replace an output folder that spectral-surgery wrote."""
+    dry_run: bool = False
+    """Check everything and say what would be scored, without loading the base model's weights."""
+
+    def run(self) -> None:
+        """Prints the table and writes the folder."""
+        from spectral_surgery.evaluation import evaluate_prepared, prepare
+
+        names = [self.adapter, *self.against]
+        output = self.output or Path(f"{Path(self.adapter).name}-evaluation")
+        prepared = prepare(
+            names, self.suite, self.model, noise_floor=self.noise_floor, output=output, overwrite=self.overwrite
+        )
+        self._say(prepared)
+        if self.dry_run:
+            print(f"Would score these and write {output}.")
+            return
+        with console.progress("scoring", "requests") as progress:
+            found = evaluate_prepared(prepared, progress=progress)
+        found.save(output, overwrite=self.overwrite)
+        print(found.text())
+        print(f"\nWrote {output}: a record for every document in records.jsonl, and this table in table.md.")
+
+    def _say(self, prepared: Prepared) -> None:
+        candidates, suite = prepared.candidates, prepared.suite
+        tasks = ", ".join(f"{name} ({count} requests)" for name, count in suite.requests.items())
+        print(f"Base model: {candidates.base_model}")
+        print(f"Adapters: {', '.join(candidates.adapters)}; differences are from {candidates.unedited}.")
+        print(f"Tasks: {tasks}; {prepared.scorings} scorings of each.")

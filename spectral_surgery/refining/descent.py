@@ -1,0 +1,223 @@
+"""Gates, or the factors themselves, found by a few steps in the loaded model.
+
+:func:`descend` moves bounded log gates and nothing else: r numbers per module. :func:`carry_on` is its rival, the
+same number of steps with the same rows on the factors A and B: ordinary training carried on. Both minimise
+
+    (task loss) / (what the adapter learned) + keep_weight (keep loss) / (what it forgot)
+
+and both keep the state that was best on a quarter of the rows, which their steps never see.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from spectral_surgery.adapter import Adapter
+from spectral_surgery.calibration import Tokenized, batches
+from spectral_surgery.live import Live
+from spectral_surgery.policies import Gates
+from spectral_surgery.refining.scoring import LossOf, per_example
+from spectral_surgery.refining.steps import HIGHEST, LOWEST
+
+
+@dataclass(frozen=True)
+class Term:
+    """One loss on its rows, with the scale that makes it comparable."""
+
+    loss_of: LossOf
+    rows: Tokenized
+    scale: float
+    """The term counts as ``mean loss / scale``."""
+
+    def parts(self, seed: int) -> tuple[Tokenized, Tokenized]:
+        """Returns three quarters of the rows for the steps and one quarter to stop by."""
+        order = np.random.default_rng(seed).permutation(len(self.rows.examples))
+        cut = max(1, len(order) // 4)
+        held, used = order[:cut], order[cut:]
+        return self._at(used if len(used) else held), self._at(held)
+
+    def _at(self, positions: Sequence[int] | np.ndarray) -> Tokenized:
+        return Tokenized([self.rows.examples[int(i)] for i in positions], self.rows.truncated)
+
+
+Part = Sequence[tuple[Term, Tokenized]]
+"""Some rows of each term."""
+
+
+@dataclass(frozen=True)
+class Steps:
+    """How many steps, of what size, with how many rows."""
+
+    count: int = 50
+    """Steps at most."""
+    rows: int = 16
+    """Rows of each term in a step."""
+    gate_rate: float = 0.05
+    """Learning rate of log gates (Adam)."""
+    check: int = 10
+    """Steps between looks at the held-back rows."""
+    seed: int = 0
+
+
+@dataclass
+class _Best:
+    """The best state so far, by the held-back rows."""
+
+    value: float
+    state: Any
+    history: list[float] = field(default_factory=list)
+
+    def offer(self, value: float, state: Callable[[], Any]) -> None:
+        self.history.append(value)
+        if value < self.value:
+            self.value, self.state = value, state()
+
+
+def descend(
+    live: Live,
+    terms: Sequence[Term],
+    steps: Steps,
+    *,
+    start: Gates | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Gates:
+    """Returns gates found by a few steps of Adam on their logarithms, within bounds.
+
+    Args:
+        live: The loaded model.
+        terms: What is minimised: their sum.
+        steps: How far.
+        start: Gates to begin with; by default one.
+        progress: Called with (steps done, steps in all).
+    """
+    device, dtype = live.device, torch.float32
+    spectra = live.spectra
+    start = start or {path: np.ones(len(spectra[path].S)) for path in live.paths}
+    theta = {path: torch.tensor(np.log(start[path]), dtype=dtype, device=device, requires_grad=True) for path in start}
+    optimiser = torch.optim.Adam(theta.values(), lr=steps.gate_rate)
+
+    def state() -> Gates:
+        return {
+            path: _shared(live, path, value.detach().exp().cpu().double().numpy()) for path, value in theta.items()
+        }
+
+    def held_back(rows: Part) -> float:
+        with live.gated(state()):
+            return _total(live, rows)
+
+    def objective(parts: Part) -> Tensor:
+        with live.tuned({path: value.exp() for path, value in theta.items()}):
+            return _sum(live, parts)
+
+    def bound() -> None:
+        for value in theta.values():
+            value.clamp_(math.log(LOWEST), math.log(HIGHEST))
+
+    with live.still():
+        return _minimise(terms, steps, optimiser, objective, held_back, state, bound, progress)
+
+
+def carry_on(
+    live: Live,
+    terms: Sequence[Term],
+    steps: Steps,
+    *,
+    learning_rate: float,
+    progress: Callable[[int, int], None] | None = None,
+) -> Adapter:
+    """Returns the adapter after the same steps of ordinary training (AdamW) of all its factors.
+
+    Args:
+        live: The loaded model; afterwards its adapter is as it was.
+        terms: What is minimised: their sum.
+        steps: How far.
+        learning_rate: Of A and B.
+        progress: Called with (steps done, steps in all).
+    """
+    mark = f".{live.adapter_name}."
+    factors = {n: p for n, p in live.model.named_parameters() if "lora_" in n and (mark in n or n.endswith(mark[:-1]))}
+
+    def state() -> Adapter:
+        return Adapter.from_model(live.model, live.adapter_name)
+
+    with live.still(), live.holding(live.adapter):
+        for parameter in factors.values():
+            parameter.requires_grad_(True)
+        try:
+            optimiser = torch.optim.AdamW(factors.values(), lr=learning_rate, weight_decay=0.0)
+            return _minimise(
+                terms,
+                steps,
+                optimiser,
+                lambda parts: _sum(live, parts),
+                lambda rows: _total(live, rows),
+                state,
+                lambda: None,
+                progress,
+            )
+        finally:
+            for parameter in factors.values():
+                parameter.requires_grad_(False)
+
+
+def _minimise(
+    terms: Sequence[Term],
+    steps: Steps,
+    optimiser: torch.optim.Optimizer,
+    objective: Callable[[Part], Tensor],
+    held_back: Callable[[Part], float],
+    state: Callable[[], Any],
+    bound: Callable[[], None],
+    progress: Callable[[int, int], None] | None,
+) -> Any:
+    """Returns the state with the least objective on held-back rows; the starting state counts too."""
+    parts = [(term, *term.parts(steps.seed)) for term in terms]
+    held = [(term, rows) for term, _, rows in parts]
+    streams = [(term, _stream(rows, steps)) for term, rows, _ in parts]
+    best = _Best(held_back(held), state())
+    for step in range(1, steps.count + 1):
+        optimiser.zero_grad()
+        with torch.enable_grad():
+            objective([(term, next(stream)) for term, stream in streams]).backward()
+        optimiser.step()
+        with torch.no_grad():
+            bound()
+        if step % steps.check == 0 or step == steps.count:
+            best.offer(held_back(held), state)
+        if progress:
+            progress(step, steps.count)
+    return best.state
+
+
+def _stream(rows: Tokenized, steps: Steps) -> Iterator[Tokenized]:
+    """Yields handfuls of random rows without end, every row once before any comes again."""
+    rng = np.random.default_rng(steps.seed)
+    while True:
+        order = rng.permutation(len(rows.examples))
+        for begin in range(0, len(order), steps.rows):
+            yield Tokenized([rows.examples[int(i)] for i in order[begin : begin + steps.rows]], 0)
+
+
+def _sum(live: Live, parts: Part) -> Tensor:
+    losses = []
+    for term, rows in parts:
+        batch = batches(rows, batch_size=len(rows.examples))[0].to(live.device)
+        losses.append(term.loss_of(rows)(live.model, batch).mean() / term.scale)
+    return torch.stack(losses).sum()
+
+
+def _total(live: Live, parts: Part) -> float:
+    return float(sum(per_example(live, rows, term.loss_of).mean() / term.scale for term, rows in parts))
+
+
+def _shared(live: Live, path: str, gates: np.ndarray) -> np.ndarray:
+    """Returns the gates with tied components sharing theirs."""
+    ties = live.spectra[path].ties
+    return np.array([gates[ties == tie].mean() for tie in ties]) if len(ties) else gates

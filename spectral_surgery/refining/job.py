@@ -1,0 +1,132 @@
+"""What a run needs except the base model's weights, and every check that needs none."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from spectral_surgery import __version__, ledger
+from spectral_surgery.adapter import Adapter
+from spectral_surgery.calibration import data_digest
+from spectral_surgery.formats import DataOptions
+from spectral_surgery.keeping import Keep
+from spectral_surgery.live.loading import base_name, check_fits, load_config, load_tokenizer
+from spectral_surgery.options import BatchOptions, ModelOptions
+from spectral_surgery.refining.options import RefineOptions
+from spectral_surgery.refining.rows import TaskRows, keep_rows, task_rows
+from spectral_surgery.refining.scoring import (
+    Objective,
+    answer_loss_objective,
+    choice_objective,
+    choices_of,
+    custom_objective,
+    exact_objective,
+)
+from spectral_surgery.rule import Rule
+from spectral_surgery.selection import Selection, select
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that a run needs except the base model's weights."""
+
+    adapter: Adapter
+    paths: list[str]
+    tokenizer: Any
+    task: TaskRows
+    keep: tuple[Keep, Keep, Keep]
+    """To measure on, to choose on, to test on."""
+    options: RefineOptions
+    rows: DataOptions
+    model: ModelOptions
+    batching: BatchOptions
+    base_model: str
+    selection: Selection
+    data: str | None
+    """Rows that the adapter was not trained on, as they were named."""
+    train_data: str | None
+    """Rows that it was trained on."""
+    objective: Objective
+    """What the user asked for; agreement takes its place where only seen rows are there."""
+
+    @property
+    def rule(self) -> Rule:
+        """What is asked for."""
+        return Rule(may_lose=self.options.share, error_rate=self.options.error_rate)
+
+    @property
+    def context(self) -> str:
+        """Hash of what every result depends on."""
+        options, rows = self.options, self.rows
+        ways = [options.objective, options.normalise, options.keep_tokens, rows.max_length, rows.seed]
+        found = [__version__, self.adapter.digest, self.base_model, self.paths, ways, asdict(self.model)]
+        return ledger.digest_of([json.dumps(found)])
+
+    @property
+    def run_key(self) -> str:
+        """Hash of everything that the verdict depends on: a run that is repeated or resumed is the same run."""
+        return ledger.digest_of([json.dumps([self.context, asdict(self.options), asdict(self.rows)])])
+
+    @property
+    def test_digest(self) -> str:
+        """Hash of the rows that the verdict is made on."""
+        rows = self.task.test.examples
+        return data_digest([*rows, *self.task.validation.examples] if self.task.swapped else rows)
+
+
+def prepare(
+    adapter: Adapter,
+    data: str | None = None,
+    *,
+    train_data: str | None = None,
+    options: RefineOptions | None = None,
+    rows: DataOptions | None = None,
+    selection: Selection | None = None,
+    model: ModelOptions | None = None,
+    batching: BatchOptions | None = None,
+) -> Job:
+    """Returns what a run needs, after every check that needs no base model weights.
+
+    Raises:
+        InputError: Whatever is wrong with options, modules, rows, tokenizer, or the fit of adapter and base model.
+    """
+    options, rows, model = options or RefineOptions(), rows or DataOptions(), model or ModelOptions()
+    batching = batching or BatchOptions()
+    options.check()
+    selection = selection or Selection(("all",))
+    paths = select(adapter.updates, selection)
+    config = load_config(adapter, model)
+    tokenizer = load_tokenizer(adapter, model)
+    task = task_rows(data, train_data, rows, tokenizer, adapter)
+    objective = _objective(options, task, batching)
+    keep = keep_rows(options, rows, task, tokenizer, adapter)
+    check_fits(adapter, config, trust_remote_code=model.trust_remote_code)
+    name = base_name(adapter, model)
+    return Job(
+        adapter=adapter,
+        paths=paths,
+        tokenizer=tokenizer,
+        task=task,
+        keep=keep,
+        options=options,
+        rows=rows,
+        model=model,
+        batching=batching,
+        base_model=name,
+        selection=selection,
+        data=data,
+        train_data=train_data,
+        objective=objective,
+    )
+
+
+def _objective(options: RefineOptions, task: TaskRows, batching: BatchOptions) -> Objective:
+    if options.objective == "loss":
+        return answer_loss_objective(batching)
+    if options.objective == "exact":
+        return exact_objective(options.normalise, batching)
+    if options.objective == "choice":
+        examples = [*task.measuring.examples, *task.validation.examples, *task.test.examples]
+        return choice_objective(choices_of(examples), batching)
+    return custom_objective(options.objective)

@@ -1,0 +1,155 @@
+"""Which rows are which: measured on, chosen on, tested on; of the task, and of what is to be kept.
+
+Rows of ``--data`` were not in the training; rows of ``--train-data`` were. On an adapter that fitted wrong labels the
+sign of a sensitivity on training rows can be the wrong way round, so training rows alone can only say how close an
+edit stays to the unedited adapter: never which strength is best, and never that anything got better.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from spectral_surgery.adapter import Adapter
+from spectral_surgery.calibration import hash_order, load_examples, preview, split_examples, tokenize
+from spectral_surgery.choosing import FEW_ROWS
+from spectral_surgery.errors import DataError
+from spectral_surgery.formats import DataOptions, Example
+from spectral_surgery.keeping import Keep, load_keep, split_keep
+from spectral_surgery.refining.options import RefineOptions
+from spectral_surgery.refining.scoring import Rows
+from spectral_surgery.rule import smallest_difference
+from spectral_surgery.trials import RowSet
+
+log = logging.getLogger(__name__)
+
+FEWEST = 60
+"""With fewer rows nothing can be shown."""
+MOST_VALIDATION = 400
+"""More rows to choose on would be better used to test."""
+
+
+@dataclass(frozen=True)
+class TaskRows:
+    """The task's rows, in three parts that share no group."""
+
+    measuring: Rows
+    validation: Rows
+    test: Rows
+    seen: Rows | None
+    """Rows that the adapter was trained on, where they were given beside unseen ones."""
+    seen_only: bool
+    """Whether the three parts are rows that the adapter was trained on."""
+    swapped: bool
+    """Whether validation and test are halves that each choose and confirm."""
+    duplicates: int
+    source: str
+
+    @property
+    def smallest_difference(self) -> float:
+        """About the smallest difference of two shares of rows that the test rows can show."""
+        return smallest_difference(len(self.test))
+
+
+def task_rows(
+    data: str | None, train_data: str | None, options: DataOptions, tokenizer: Any, adapter: Adapter
+) -> TaskRows:
+    """Returns the task's rows, read and divided by content hash.
+
+    Raises:
+        DataError: If there are none or too few, or a row is given both as seen and as unseen.
+    """
+    if not data and not train_data:
+        raise DataError(
+            "There are no rows. Pass --data with rows that the adapter was not trained on, or --train-data with rows "
+            "that it was."
+        )
+    unseen = _read(data, options, tokenizer, adapter) if data else []
+    seen = _read(train_data, options, tokenizer, adapter) if train_data else []
+    _check_apart(unseen, seen, data, train_data)
+    rows, source = (unseen, data) if data else (seen, train_data)
+    count = len(hash_order(rows, options.seed))
+    if count < FEWEST:
+        raise DataError(
+            f"{source} has {count} different rows, expected at least {FEWEST}: with so few, differences under "
+            f"{100 * smallest_difference(max(count // 2, 1)):.0f} points cannot be shown. Pass more rows."
+        )
+    measuring = min(options.examples, count // 3)
+    swapped = count - measuring < FEW_ROWS
+    validation = (count - measuring) // 2 if swapped else min(MOST_VALIDATION, (count - measuring) // 3)
+    splits = split_examples(rows, (measuring, validation, 0), options.seed)
+    used = {row.digest for row in (*splits.calibration, *splits.validation)}
+    test = [row for row in hash_order(rows, options.seed) if row.digest not in used]
+
+    def as_rows(examples: Sequence[Example]) -> Rows:
+        return Rows(examples, tokenize(examples, tokenizer, options.max_length))
+
+    return TaskRows(
+        as_rows(splits.calibration),
+        as_rows(splits.validation),
+        as_rows(test),
+        as_rows(hash_order(seen, options.seed)[: options.examples]) if data and seen else None,
+        seen_only=not data,
+        swapped=swapped,
+        duplicates=splits.duplicates,
+        source=str(source),
+    )
+
+
+def _read(source: str, options: DataOptions, tokenizer: Any, adapter: Adapter) -> list[Example]:
+    return load_examples(source, options, tokenizer, adapter.folder)
+
+
+def _check_apart(unseen: Sequence[Example], seen: Sequence[Example], data: str | None, train_data: str | None) -> None:
+    both = {row.digest for row in unseen} & {row.digest for row in seen}
+    if both:
+        raise DataError(
+            f"{len(both)} rows are both in {data} and in {train_data}, so they are not unseen. "
+            f"Remove them from --data."
+        )
+    prompts = {row.group for row in unseen} & {row.group for row in seen}
+    if prompts:
+        log.warning("%d prompts of --data are also in --train-data, with other answers.", len(prompts))
+
+
+def keep_rows(
+    options: RefineOptions, rows: DataOptions, task: TaskRows, tokenizer: Any, adapter: Adapter
+) -> tuple[Keep, Keep, Keep]:
+    """Returns the rows or prompts of other skills: to measure on, to choose on, to test on.
+
+    Raises:
+        DataError: If they cannot be read, or are too few.
+    """
+    examples = [*task.measuring.examples, *task.validation.examples, *task.test.examples]
+    chat = any(example.templated for example in examples)
+    keep = load_keep(
+        options.keep,
+        DataOptions(seed=rows.seed, max_length=rows.max_length),
+        tokenizer,
+        adapter.folder,
+        examples,
+        chat=chat,
+        category_column=options.keep_category_column,
+    )
+    if len(keep.rows) < FEWEST:
+        raise DataError(
+            f"{options.keep} has {len(keep.rows)} different rows or prompts that do not resemble the task, expected "
+            f"at least {FEWEST}: a third each to measure on, to choose on and to test on. Pass more, or --keep auto."
+        )
+    return split_keep(keep, rows.seed)
+
+
+def row_set(examples: Sequence[Example], categories: Sequence[str] | None = None) -> RowSet:
+    """Returns what identifies the rows."""
+    return RowSet(
+        tuple(example.digest for example in examples),
+        tuple(example.group for example in examples),
+        tuple(categories) if categories is not None else ("",) * len(examples),
+    )
+
+
+def first_row(rows: Rows, tokenizer: Any) -> str:
+    """Returns the first row as the model reads it, its answer in ``[[ ]]``."""
+    return preview(rows.tokenized.examples[0], tokenizer)
