@@ -3,17 +3,26 @@
 A Llama of random weights does whole training steps (forward, backward, AdamW) with four kinds of adapters. Times are
 taken in turns within one process, so that what else the machine does meets all kinds alike, and are printed as ratios
 to plain LoRA of the same rank, with the median over rounds; on a CPU it is the process's own time, which a busy
-machine stretches less. Memory is counted, not sampled: what autograd keeps from the forward for the backward pass.
+machine stretches less. "Saved" is what autograd keeps from the forward for the backward pass. "Peak" is how far one
+step's memory rises above what the model takes: on an accelerator as torch counts it, on a Linux CPU the rise of the
+resident set of a process of its own, in which every tensor of 64 KiB or more goes back to the system when it is freed.
+
+Directions are random orthonormal ones here: which ones they are makes no difference to time or memory, and their SVD
+would take longer than everything else.
 
 ``naive`` multiplies the weight by Gamma in every forward pass, as the formula reads.
 """
 
 from __future__ import annotations
 
+import os
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -53,6 +62,10 @@ class Sizes:
     """Where it runs."""
     checkpointing: bool = False
     """Recompute activations in the backward pass."""
+    kinds: tuple[str, ...] = KINDS
+    """What is compared; with lora first."""
+    peak_of: str | None = None
+    """Print only the peak of this kind; the benchmark calls itself so."""
 
 
 class Naive(nn.Module):
@@ -85,7 +98,10 @@ def build(kind: str, sizes: Sizes) -> PeftModel:
     if kind in ("lora", "naive"):
         model = get_peft_model(base, LoraConfig(**lora))
     elif kind == "svd":
-        model = get_peft_model(base, SpecLoraConfig(**lora, k=sizes.k, basis="svd"))
+        model = get_peft_model(base, SpecLoraConfig(**lora, k=sizes.k, basis="svd", init_basis=False))
+        for name, U in model.named_buffers():
+            if name.endswith(".U"):
+                U.copy_(torch.linalg.qr(torch.randn(U.shape, device=U.device))[0])
     else:
         model = get_peft_model(base, SpecLoraConfig(**lora, k=sizes.k, rows=kind))
     if kind == "naive":
@@ -126,13 +142,13 @@ def seconds(step: Callable[[], None], sizes: Sizes) -> float:
 
 def times(sizes: Sizes) -> dict[str, list[float]]:
     """Returns the seconds of every timed step of every kind, taken in turns."""
-    steps = {kind: stepper(build(kind, sizes), sizes) for kind in KINDS}
+    steps = {kind: stepper(build(kind, sizes), sizes) for kind in sizes.kinds}
     for step in steps.values():
         step()
-    found: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    found: dict[str, list[float]] = {kind: [] for kind in sizes.kinds}
     for round_number in range(sizes.rounds):
-        for shift in range(len(KINDS)):
-            kind = KINDS[(round_number + shift) % len(KINDS)]
+        for shift in range(len(sizes.kinds)):
+            kind = sizes.kinds[(round_number + shift) % len(sizes.kinds)]
             found[kind].append(seconds(steps[kind], sizes))
     return found
 
@@ -157,17 +173,52 @@ def saved(kind: str, sizes: Sizes) -> int:
     return total
 
 
+def rise(kind: str, sizes: Sizes) -> int:
+    """Returns the bytes by which one training step's memory rises above what is there before it, in this process."""
+    step = stepper(build(kind, sizes), sizes)
+    step()
+    if sizes.device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        return torch.cuda.max_memory_allocated() - before
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew at what is resident now
+    before = _status("VmRSS")
+    step()
+    return _status("VmHWM") - before
+
+
+def _status(field: str) -> int:
+    return 1024 * int(Path("/proc/self/status").read_text().partition(f"{field}:")[2].split()[0])
+
+
+def peak(kind: str, sizes: Sizes) -> int:
+    """Returns the same from a process of its own; 0 where this system does not tell."""
+    if sizes.device == "cpu" and not Path("/proc/self/clear_refs").exists():
+        return 0
+    arguments = [*sys.argv[1:], "--peak-of", kind]
+    small = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    done = subprocess.run(
+        [sys.executable, __file__, *arguments], env=os.environ | small, capture_output=True, text=True, check=True
+    )
+    return int(done.stdout)
+
+
 def main(sizes: Sizes) -> None:
     """Prints the table."""
+    if sizes.peak_of:
+        print(rise(sizes.peak_of, sizes))
+        return
+    peaks = {kind: peak(kind, sizes) for kind in sizes.kinds}
+    kept = {kind: saved(kind, sizes) for kind in sizes.kinds}
     found = times(sizes)
-    kept = {kind: saved(kind, sizes) for kind in KINDS}
     rows = []
-    for kind in KINDS:
+    for kind in sizes.kinds:
         ratios = [own / lora for own, lora in zip(found[kind], found["lora"], strict=True)]
         spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
         cells = [f"{statistics.median(found[kind]):.3f}", f"{statistics.median(ratios):.2f}", spread]
-        rows.append([kind, *cells, f"{kept[kind] / 2**20:.1f}", f"{kept[kind] / kept['lora']:.2f}"])
-    print(table(["adapter", "s a step", "x LoRA", "over rounds", "MiB saved", "x LoRA"], rows))
+        rows.append([kind, *cells, f"{kept[kind] / 2**20:.1f}", f"{peaks[kind] / 2**20:.1f}"])
+    print(table(["adapter", "s a step", "x LoRA", "over rounds", "saved MiB", "peak MiB"], rows))
     print(f"{sizes}, torch {torch.__version__}, {torch.get_num_threads()} threads")
 
 

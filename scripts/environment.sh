@@ -119,7 +119,7 @@ install_checkout() {
         rm -rf build/wheel
         pip wheel --no-deps --wheel-dir build/wheel .
         pip uninstall --yes spectral-surgery
-        pip install --constraint constraints.txt build/wheel/*.whl
+        pip install --constraint constraints.txt "$(echo build/wheel/*.whl)[report]"
     fi
 }
 

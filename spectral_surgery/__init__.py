@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from spectral_surgery.live import Live as Live
     from spectral_surgery.measurement import Measurement as Measurement
     from spectral_surgery.measuring import measure as measure
+    from spectral_surgery.refining.entry import refine as refine
+    from spectral_surgery.refining.options import RefineOptions as RefineOptions
     from spectral_surgery.selection import Selection as Selection
 
 _WHERE = {
@@ -32,6 +34,8 @@ _WHERE = {
     "policies": "policies",
     "Constraint": "constraints",
     "edit": "editing",
+    "refine": "refining.entry",
+    "RefineOptions": "refining.options",
     "export": "exporting.job",
     "compare": "comparing",
     "evaluate": "evaluation",

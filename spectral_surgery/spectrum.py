@@ -39,6 +39,8 @@ class LowRank:
     """lora_alpha / r, or lora_alpha / sqrt(r) for rsLoRA."""
     side: Literal["B", "A"] = "B"
     """The factor that an edit changes; the other is left alone."""
+    A_spacing: float | None = None
+    """:func:`spacing` of the stored tensor, where A was computed from one; by default A's own."""
 
     @property
     def stored(self) -> Tensor:
@@ -70,7 +72,7 @@ def thin_svd(update: LowRank) -> Spectrum:
     Q_in, R_in = torch.linalg.qr(A.T)
     U, S, Vh = torch.linalg.svd(R_out @ R_in.T, full_matrices=False)
     U, Vh = Q_out @ U, Vh @ Q_in.T
-    noise = rounding_noise(B, A, U, Vh, (spacing(update.B), spacing(update.A)))
+    noise = rounding_noise(B, A, U, Vh, (spacing(update.B), update.A_spacing or spacing(update.A)))
     return Spectrum(U, S, Vh, tied(S.numpy(), noise))
 
 

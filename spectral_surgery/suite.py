@@ -18,7 +18,16 @@ from spectral_surgery.code_execution import check_consent
 from spectral_surgery.errors import InputError, combine
 from spectral_surgery.formats import Render
 from spectral_surgery.sentences import check_sentences
-from spectral_surgery.tasks import NEEDS_SENTENCES, PAPER, Context, LocalData, load_tasks, quiet, split_suite
+from spectral_surgery.tasks import (
+    GENERATION,
+    NEEDS_SENTENCES,
+    PAPER,
+    Context,
+    LocalData,
+    load_tasks,
+    quiet,
+    split_suite,
+)
 
 EXTRA = "pip install 'spectral-surgery[evaluate]'"
 
@@ -50,7 +59,7 @@ class SuiteOptions:
     max_length: int | None = None
     """Most tokens of a prompt and its answer; by default what the base model takes."""
     max_gen_toks: int | None = None
-    """Most tokens of a generated answer; by default each task's own number."""
+    """Most tokens of a generated answer; by default each task's own number, and for ifeval the paper's 2048."""
     confirm_run_unsafe_code: bool = False
     """Agree that humaneval runs the code that the model writes, on this machine."""
 
@@ -210,8 +219,9 @@ def _configure(task: Any, options: SuiteOptions) -> None:
     shots = task.get_config("num_fewshot")
     if shots != 0:  # a task that says none means none
         task.set_config("num_fewshot", options.num_fewshot if options.num_fewshot is not None else shots or 0)
-    if options.max_gen_toks and task.OUTPUT_TYPE == "generate_until":
-        task.set_config("generation_kwargs", {"max_gen_toks": options.max_gen_toks}, update=True)
+    if task.OUTPUT_TYPE == "generate_until":
+        chosen = {"max_gen_toks": options.max_gen_toks} if options.max_gen_toks else {}
+        task.set_config("generation_kwargs", {**GENERATION.get(task.task_name, {}), **chosen}, update=True)
 
 
 def _checked_prompts(

@@ -26,7 +26,7 @@ from spectral_surgery.claims import (
     gained,
 )
 from spectral_surgery.replaying import ErrorRate
-from spectral_surgery.rule import Rule, gain_interval, p_value, pair, required, smallest_difference, spare
+from spectral_surgery.rule import Rule, gain_interval, margins, p_value, pair, required, smallest_difference, spare
 from spectral_surgery.statistics import Interval, mean_error
 from spectral_surgery.trials import BASE, UNEDITED, Measure, Split
 
@@ -186,8 +186,10 @@ def _won(
 
 
 def _allowance(split: Split, rule: Rule) -> str:
-    whole = "what it learned" if split.task.lower_is_better else "its score"
-    return f"{100 * rule.may_lose:.3g} % of {whole}"
+    """Returns how much of the task may be lost, in words."""
+    if split.task.lower_is_better:
+        return f"{margins(split, rule).task:.2g} {split.task.unit}"
+    return f"{100 * rule.may_lose:.3g} % of its score"
 
 
 def _head(known: Mapping[str, Contender], winner: str) -> str:
@@ -268,13 +270,13 @@ def _untested(judgement: Judgement, rule: Rule) -> str:
     if not gaining:
         more = "kept more of the other skills" if rule.wanted == "skills" else "did more of the task"
         return f"nothing gained, none of the {len(names)} edits tried {more} than your adapter"
-    return _would_lose(rule, f"all {len(gaining)} edits that gained something")
+    return _would_lose(split, rule, f"all {len(gaining)} edits that gained something")
 
 
-def _would_lose(rule: Rule, what: str) -> str:
+def _would_lose(split: Split, rule: Rule, what: str) -> str:
     if rule.wanted == "task":
         return f"other skills would lose, {what} lost more of them than counts as not worse"
-    return f"the task would lose, {what} lost more than {100 * rule.may_lose:.3g} % of it"
+    return f"the task would lose, {what} lost more than {_allowance(split, rule)}"
 
 
 def _failed(way: Judgement, first: Confirmation, rule: Rule) -> tuple[int, str]:
@@ -282,7 +284,7 @@ def _failed(way: Judgement, first: Confirmation, rule: Rule) -> tuple[int, str]:
     kept: Literal["task", "skills"] = "task" if rule.wanted == "skills" else "skills"
     kept_p, wanted_p = (first.task_p, first.skills_p) if kept == "task" else (first.skills_p, first.task_p)
     if kept_p > way.level and spare(way.test, first.name, rule, kept)[0] < 0:
-        return 1, _would_lose(rule, f"the safest edit ({first.name})")
+        return 1, _would_lose(way.test, rule, f"the safest edit ({first.name})")
     if wanted_p > way.level and spare(way.test, first.name, rule, rule.wanted)[0] <= 0:
         return 0, f"nothing gained, what {first.name} gained on validation rows was not there on test rows"
     side = kept if kept_p >= wanted_p else rule.wanted

@@ -188,7 +188,7 @@ BAD_INPUT = {
         ("measure", "adapter", *DATA),
         "does not fit|cannot place the adapter on llama",
     ),
-    "dora": (config(use_dora=True), ("edit", "adapter", *FLAT), "use_dora switched on: DoRA rescales"),
+    "dora": (config(use_dora=True), ("edit", "adapter", *FLAT), "lora_magnitude_vector is missing"),
     "loha": (loha, ("edit", "adapter", *FLAT), "This is a LOHA adapter.*peft.save_as_lora"),
     "unknown variant": (config(use_newlora=True), ("edit", "adapter", *FLAT), "unknown field use_newlora switched on"),
     "empty data": (write("rows.jsonl", ""), ("measure", "adapter", *DATA), "rows.jsonl"),

@@ -101,6 +101,10 @@ def test_an_identity_edit_writes_the_same_tensors_and_header(source: Path, tmp_p
     edited.save(tmp_path / "folder")
     assert header(tmp_path / "folder" / "style.safetensors") == KOHYA_HEADER
     assert {path.name for path in (tmp_path / "folder").iterdir()} == {"style.safetensors", "spectral_surgery.json"}
+    again = Adapter.load(tmp_path / "folder")
+    assert again.digest == Adapter.load(source).digest
+    again.save(tmp_path / "third")
+    assert header(tmp_path / "third" / "style.safetensors") == KOHYA_HEADER
 
 
 def test_an_edit_changes_what_was_selected_and_by_default_everything(source: Path, tmp_path: Path) -> None:
@@ -210,6 +214,13 @@ def test_peft_s_configuration_in_the_header_decides_the_scale_and_follows_a_resi
         )
 
 
+def test_a_variant_that_only_the_header_tells_of_is_refused(tmp_path: Path) -> None:
+    about = {"lora_adapter_metadata": json.dumps({"unet.r": 4, "unet.kasa_config": {"beta": 1}})}
+    tensors = older("unet.x.lora_A.weight", "unet.x.lora_B.weight")
+    with pytest.raises(AdapterError, match="lora_adapter_metadata has kasa_config switched on"):
+        Adapter.load(saved(tmp_path / "a.safetensors", tensors, about))
+
+
 def test_an_inspection_shows_the_blocks(source: Path) -> None:
     (view,) = inspect([read(str(source))])
     text = render([view])
@@ -253,10 +264,12 @@ def test_a_damaged_file_is_named(change: dict[str, torch.Tensor], reason: str, t
 
 def test_what_is_no_lora_passes_through(tmp_path: Path) -> None:
     extra = {"lora_unet_norm.diff": torch.ones(5), "lora_unet_a.diff_b": torch.ones(2)}
-    path = saved(tmp_path / "a.safetensors", {**kohya(), **extra})
+    bias = f"{BLOCKS[0]}.lora_up.bias"
+    path = saved(tmp_path / "a.safetensors", {**kohya(), **extra, bias: torch.ones(20)})
     export(Adapter.load(path), "rank=2", tmp_path / "out.safetensors")
     written = load_file(tmp_path / "out.safetensors")
     assert all(torch.equal(written[name], tensor) for name, tensor in extra.items())
+    assert torch.equal(written[bias], torch.full((20,), 2 / 8)), "alpha / rank grew by 8 / 2"
 
 
 def test_a_file_is_overwritten_only_if_it_is_ours_and_the_source_never(source: Path, tmp_path: Path) -> None:

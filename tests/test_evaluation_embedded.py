@@ -23,6 +23,10 @@ ROWS: dict[str, list[dict[str, Any]]] = {
         {"question": "q", "choices": {"label": list("ABCDE"), "text": list("vwxyz")}, "answerKey": letter}
         for letter in "AC"
     ],
+    "commonsense_qa:train": [
+        {"question": question, "choices": {"label": list("ABCDE"), "text": list("vwxyz")}, "answerKey": "B"}
+        for question in "prs"
+    ],
     "ifeval": [
         {"key": 1, "prompt": "max 3 4:", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]},
         {"key": 2, "prompt": "max 5 4:", "instruction_id_list": ["punctuation:no_comma"] * 2, "kwargs": [{}, {}]},
@@ -49,7 +53,7 @@ def test_all_four_run_on_local_rows_and_rows_of_one_s_own_show_what_the_adapter_
     options = SuiteOptions(
         suite=f"gsm8k,commonsense_qa,ifeval,humaneval,{world() / 'data' / 'test.jsonl'}",
         local_data=tuple(local),
-        num_fewshot=2,
+        num_fewshot=1,
         limit=40,
         batch_size=40,
         max_gen_toks=12,

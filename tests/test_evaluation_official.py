@@ -134,6 +134,10 @@ def ifeval(tmp_path: Path) -> Suite:
     return prepared("ifeval", f"ifeval={written(tmp_path / 'rows.jsonl', ifeval_rows.rows())}")
 
 
+def test_ifeval_may_answer_at_the_paper_s_length(ifeval: Suite) -> None:
+    assert ifeval.tasks["ifeval"].config.generation_kwargs["max_gen_toks"] == 2048
+
+
 def test_every_instruction_of_ifeval_is_met_by_a_response_that_follows_it(ifeval: Suite) -> None:
     found = scores(Oracle(lambda doc: doc["follows"]), ifeval)
     failed = [

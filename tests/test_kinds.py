@@ -139,3 +139,17 @@ def test_every_kind_is_inspected(name: str, stored) -> None:
     (seen,) = inspect([read(str(one.folder / "adapter"))])
     assert list(seen.modules) == list(one.adapter.updates)
     assert seen.other_tensors == len([key for key in one.adapter.tensors if "lora_" not in key])
+
+
+def test_the_documentation_prints_these_kinds_within_these_bounds() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "adapters.md").read_text(encoding="utf-8")
+    table = page.split("<!-- table: make docs -->\n")[1].split("\n<!-- end -->")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+    notes = {kind.name: kind for kind in KINDS}
+    known = [[c.kind, c.what, notes[c.kind].formula, notes[c.kind].edits] for c in CASES.values()]
+    assert [row[:4] for row in rows] == known, "Run: make docs"
+    bounds = [EXACT, EXACT, EXACT, EXACT, ROUNDED]
+    for row, case in zip(rows, CASES.values(), strict=True):
+        figures = [float(figure) for figure in row[4:]]
+        assert all(figure <= 1.05 * bound for figure, bound in zip(figures, bounds, strict=False)), row
+        assert figures[5] < (1e-7 if case.step < 1e-4 else 1e-3), row

@@ -7,6 +7,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import accelerate
+import dense_kinds
 import kind_errors
 import kinds
 import numpy as np
@@ -132,9 +134,9 @@ def pooling(monkeypatch: pytest.MonkeyPatch) -> None:
 def pooled(tensors: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Tensor]:
     """S B A kron(I, 1) n / g."""
     found = {}
-    for path, A, B in kinds.pairs(tensors):
+    for path, A, B in dense_kinds.pairs(tensors):
         spread = torch.kron(torch.eye(A.shape[1]).double(), torch.ones(1, GROUP).double())
-        found[path] = kinds.scale(config) * B @ A @ spread * A.shape[1] / GROUP
+        found[path] = dense_kinds.scale(config) * B @ A @ spread * A.shape[1] / GROUP
     return found
 
 
@@ -224,12 +226,31 @@ def test_rows_without_invocation_tokens_are_refused(caplog: pytest.LogCaptureFix
         input_ids: tuple[int, ...]
 
     adapter = Adapter.from_model(CASES["alora"].adapted())
-    check_invoked(adapter, [Row((1, *kinds.INVOCATION, 4))])
+    check_invoked(adapter, [Row((1, *dense_kinds.INVOCATION, 4))])
     assert not caplog.text
-    check_invoked(adapter, [Row((1, *kinds.INVOCATION)), Row((4, 5))])
+    check_invoked(adapter, [Row((1, *dense_kinds.INVOCATION)), Row((4, 5))])
     assert "1 of 2 rows do not have the adapter's invocation tokens" in caplog.text
     with pytest.raises(DataError, match=r"invocation tokens \[7, 9\] on, and none of the 1 rows has them"):
         check_invoked(adapter, [Row((9, 7))])
+
+
+@pytest.mark.parametrize("name", ["linear", "bdlora", "conv1d_gpt2"])  # others PEFT itself cannot run offloaded
+def test_an_offloaded_model_is_gated_and_measured_as_one_in_memory(name: str) -> None:
+    case, rows = CASES[name], tiny.batch()
+    whole, split = case.adapted(), case.adapted()
+    adapter = Adapter.from_model(whole)
+    accelerate.cpu_offload(split, execution_device=torch.device("cpu"), offload_buffers=True)
+    assert all(weight.is_meta for weight in split.parameters())
+    gates = kind_errors.random_gates(adapter)
+    answers = []
+    for model in (whole, split):
+        live = Live(model, adapter)
+        with live.gated(gates), torch.no_grad():
+            logits = kinds.of_tokens(model, rows)
+        answers.append((logits, measure_live(live, [rows], loss=tiny.loss)))
+    assert torch.equal(answers[0][0], answers[1][0])
+    for path, module in answers[0][1].modules.items():
+        np.testing.assert_allclose(answers[1][1].modules[path].gate_gradient, module.gate_gradient, rtol=1e-6)
 
 
 def test_weights_that_are_not_in_memory_are_no_fault_except_for_doras_norms() -> None:

@@ -91,7 +91,7 @@ def test_only_sure_moves_the_planted_components_against_their_pull(side: str) ->
 
 
 def test_so_many_of_the_moved_components_are_false_as_was_said() -> None:
-    planted, draws = np.arange(3), 400
+    planted, draws = np.arange(3), 200
     false, missed = [], 0
     for seed in range(draws):
         task = noise(40, 100 + seed)
@@ -106,8 +106,8 @@ def test_so_many_of_the_moved_components_are_false_as_was_said() -> None:
 
 
 def test_where_nothing_is_there_something_moves_as_rarely_as_was_said() -> None:
-    moved = [columns(only_sure(pull(noise(40, seed), noise(50, 9000 + seed)))).any() for seed in range(400)]
-    assert np.mean(moved) < 0.05 + 3 * np.sqrt(0.05 * 0.95 / 400)
+    moved = [columns(only_sure(pull(noise(40, seed), noise(50, 9000 + seed)))).any() for seed in range(200)]
+    assert np.mean(moved) < 0.05 + 3 * np.sqrt(0.05 * 0.95 / 200)
 
 
 def test_its_size_is_the_t_value() -> None:

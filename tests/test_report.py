@@ -151,6 +151,21 @@ def test_the_curve_runs_from_the_base_over_the_strengths_to_the_adapter(refined:
     assert drawn.limit == pytest.approx(yours - refined["measures"]["task"]["margin"])
 
 
+def test_a_base_far_away_is_drawn_at_the_edge_with_its_value() -> None:
+    verdict = copy.deepcopy(verdicts.not_better())
+    near, base = picture(verdict), next(c for c in verdict["candidates"] if c["name"] == "base")
+    assert near is not None
+    assert near.points[0].label == "base model"
+    base["test"]["task"]["mean"] = 12.573
+    far = picture(verdict)
+    assert far is not None
+    assert far.points[0].label == "← base model at 12.573"
+    assert "12.573" in far.points[0].tip
+    assert far.share(0, far.points[0].at[0]) == pytest.approx(0.025)
+    assert max(far.spans[0]) < 2
+    assert all(min(far.spans[0]) <= at[0] <= max(far.spans[0]) for _, at in far.curve)
+
+
 def test_labels_keep_clear_of_each_other_of_points_and_of_the_edge() -> None:
     rng = np.random.default_rng(0)
     bounds = (0.0, 0.0, 400.0, 300.0)

@@ -23,9 +23,14 @@ def test_margins_are_shares_of_the_score_of_what_was_learned_and_of_the_drift() 
     accuracy = exact({BASE: answers(5, 5), UNEDITED: answers(8, 2)}, {UNEDITED: answers(5, 5)})
     assert as_pair(margins(accuracy, Rule())) == pytest.approx((0.016, 0))
     assert as_pair(margins(accuracy, Rule(may_lose=0.0))) == pytest.approx((0, 0.01))
-    losses = exact({BASE: [3, 3], UNEDITED: [1, 2]}, {BASE: [0, 0], UNEDITED: [0.4, 0.6]}, LOSS, DRIFT)
-    assert as_pair(margins(losses, Rule(may_lose=0.1))) == pytest.approx((0.15, 0))
+    losses = exact({BASE: [2, 2], UNEDITED: [1, 2]}, {BASE: [0, 0], UNEDITED: [0.4, 0.6]}, LOSS, DRIFT)
+    assert as_pair(margins(losses, Rule(may_lose=0.1))) == pytest.approx((0.05, 0))
     assert as_pair(margins(losses, Rule(may_lose=0.0))) == pytest.approx((0, 0.025))
+
+
+def test_a_margin_of_losses_is_a_share_of_one_nat_at_most() -> None:
+    hopeless = exact({BASE: [12, 14], UNEDITED: [1, 2]}, {BASE: [0, 0], UNEDITED: [0.4, 0.6]}, LOSS, DRIFT)
+    assert margins(hopeless, Rule(may_lose=0.1)).task == pytest.approx(0.1)
 
 
 def test_gain_of_0_1_scores_is_tangos_interval_and_positive_is_better() -> None:
@@ -73,7 +78,8 @@ def test_a_margin_of_0_1_scores_is_a_test_of_their_ratio() -> None:
 
 
 def test_a_margin_of_losses_is_tested_with_its_own_error() -> None:
-    one = split({BASE: (3, 0), UNEDITED: (1, 1), "a": (1.02, 0.5)}, 300, task=LOSS, skills=DRIFT)
+    one = split({BASE: (1.9, 0), UNEDITED: (1, 1), "a": (1.01, 0.5)}, 300, task=LOSS, skills=DRIFT)
+    assert (one.scores[BASE].task - one.scores[UNEDITED].task).mean() < 1
     base, yours, edit = (one.scores[name].task for name in (BASE, UNEDITED, "a"))
     oracle = ttest_1samp(yours - edit + 0.02 * (base - yours), 0, alternative="greater").pvalue
     assert surety(one, "a", Rule(may_lose=0.02))[0] == pytest.approx(oracle, abs=0.03)

@@ -9,6 +9,8 @@ import tiny
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers.pytorch_utils import Conv1D
 
 from spectral_surgery.errors import AdapterError, BaseModelError, InputError, RunError
@@ -334,6 +336,28 @@ def test_layers_that_are_not_linear_are_refused() -> None:
         get_peft_model(tiny.llama(), config(target_modules=["embed_tokens"]))
 
 
+@pytest.mark.parametrize("name", ["gptqmodel.MarlinQuantLinear", "awq.WQLinear_GEMM", "hqq.HQQLinear"])
+def test_a_layer_of_a_quantiser_that_is_not_known_is_refused_by_its_name(name: str) -> None:
+    """Stand-ins: a linear layer whose packed weight has another name and dtype, as these libraries have it."""
+    family, _, kind = name.partition(".")
+
+    def start(self: nn.Module) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features, self.bias = 8, 8, None
+        self.qweight = nn.Parameter(torch.zeros(8, 1, dtype=torch.int32), requires_grad=False)
+
+    stand_in = type(kind, (nn.Module,), {"__init__": start, "__module__": f"{family}.nn"})
+    with pytest.raises(BaseModelError, match=rf"0 is a {kind} with a missing weight, and SpecLoRA takes"):
+        get_peft_model(nn.Sequential(stand_in()), SpecLoraConfig(target_modules=["0"]))
+
+
+def test_a_tensor_parallel_layer_is_refused_by_name() -> None:
+    base = nn.Sequential(nn.Linear(8, 8))
+    base[0]._hf_tp_plan = "colwise"
+    with pytest.raises(BaseModelError, match=r"0 is split over devices by tensor parallelism"):
+        get_peft_model(base, SpecLoraConfig(target_modules=["0"]))
+
+
 def test_a_float8_weight_that_needs_a_scale_beside_it_is_refused() -> None:
     base = nn.Sequential(nn.Linear(8, 8))
     base[0].weight = nn.Parameter(base[0].weight.data.to(torch.float8_e4m3fn), requires_grad=False)
@@ -374,6 +398,42 @@ def kept_bytes(chosen: LoraConfig) -> int:
         out = model(torch.zeros(1, 32, 64, requires_grad=True))
     assert out.requires_grad
     return sum(kept.values())
+
+
+class Largest(TorchDispatchMode):
+    """The largest tensor that any operation makes, views of what is there not counted."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.known = {tensor.untyped_storage().data_ptr() for tensor in model.state_dict().values()}
+        self.size = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in self.known:
+                self.size = max(self.size, tensor.untyped_storage().nbytes() // tensor.element_size())
+        return made
+
+
+def largest_of_a_step(model: Any) -> int:
+    x = torch.zeros(2, 16, 256, requires_grad=True)
+    with Largest(model) as largest:
+        model(x).sum().backward()
+    return largest.size
+
+
+@pytest.mark.parametrize(("basis", "rows"), CHOICES)
+def test_a_training_step_makes_no_copy_of_the_weight_not_even_a_passing_one(basis: str, rows: str) -> None:
+    """The weight has 131,072 numbers; the largest that is made is the output, 32 tokens of 512, or a factor."""
+    chosen = SpecLoraConfig(r=4, k=40, basis=basis, rows=rows, target_modules=["0"])
+    model = get_peft_model(nn.Sequential(nn.Linear(256, 512)), chosen)
+    assert largest_of_a_step(model) <= 512 * 40
+    base = nn.Linear(256, 512)
+    gamma = nn.Parameter(torch.ones(512, 1))
+    naive = nn.Module()
+    naive.forward = lambda x: nn.functional.linear(x, gamma * base.weight)  # type: ignore[method-assign]
+    assert largest_of_a_step(naive) == 512 * 256
 
 
 @pytest.mark.parametrize("rows", ["first", "random"])

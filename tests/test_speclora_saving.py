@@ -186,6 +186,45 @@ for rows, basis in [("first", "rows"), ("norm", "rows"), ("first", "svd")]:
 """
 
 
+COMPILED_MODEL = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import tiny
+import torch
+from peft import get_peft_model
+from spectral_surgery.speclora import SpecLoraConfig
+
+for rows, basis in [("first", "rows"), ("norm", "rows"), ("first", "svd")]:
+    torch.manual_seed(0)
+    config = SpecLoraConfig(
+        target_modules=tiny.TARGETS, r=3, k=6, init_lora_weights=False, rows=rows, basis=basis, task_type="CAUSAL_LM"
+    )
+    model = get_peft_model(tiny.llama(attention_bias=True), config).train()
+    deltas = {name: weight for name, weight in model.named_parameters() if "lora_spec" in name}
+    for weight in deltas.values():
+        weight.data.normal_(std=0.3)
+    ids = tiny.batch()["input_ids"]
+    found = []
+    for function in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
+        model.zero_grad()
+        out = function(input_ids=ids, labels=ids, use_cache=False)
+        out.loss.backward()
+        found.append([out.logits.detach(), *(weight.grad.clone() for weight in deltas.values())])
+    for eager, compiled in zip(*found):
+        torch.testing.assert_close(eager, compiled, rtol=1e-4, atol=1e-5)
+    print(rows, basis, len(deltas), "agree")
+"""
+
+
+@pytest.mark.slow
+def test_a_compiled_model_trains_the_same_in_one_graph() -> None:
+    run = subprocess.run(
+        [sys.executable, "-c", COMPILED_MODEL, str(Path(__file__).parent)], capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert run.stdout.count("8 agree") == 3
+
+
 @pytest.mark.slow
 def test_a_compiled_layer_computes_the_same_in_one_graph() -> None:
     # A process of its own: the checks of shapes that these tests run under cannot be compiled.

@@ -19,6 +19,7 @@ from test_training_runs import base, options, points, weights
 from transformers import AutoModelForCausalLM
 
 from spectral_surgery.cli import main, parse
+from spectral_surgery.cli.refine import Refine
 from spectral_surgery.cli.train import next_commands
 from spectral_surgery.training.preparing import Processes, prepare
 from spectral_surgery.training.running import train
@@ -65,8 +66,36 @@ def test_the_commands_to_go_on_with_name_what_they_need(base: Path) -> None:
     prepared = prepare(chosen, Processes(1, 0))  # type: ignore[arg-type]
     measure, refine = next_commands(prepared, Path("my adapter"))
     assert parse(measure[1:]).rows.format == "prompt"  # type: ignore[attr-defined]
-    assert measure[-2:] == ["--base-model", str(base)]
-    assert refine[2:4] == ["my adapter", "--train-data"]
+    assert measure[-4:] == ["--base-model", str(base), "--device", "cpu"]
+    command = parse(refine[1:])
+    assert (command.adapter, command.train_data, command.data) == ("my adapter", str(base.parent / "ten.jsonl"), None)
+
+
+def test_then_refine_runs_the_command_that_is_named(
+    base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ran: list[Refine] = []
+    monkeypatch.setattr(Refine, "run", lambda refine: ran.append(refine))
+    unseen = base.parent / "unseen.jsonl"
+    unseen.write_text("".join(json.dumps(row) + "\n" for row in tiny.rows(14)[10:]), encoding="utf-8")
+    more = ["--micro-batch", "4", "--max-steps", "1", "--then", "refine", "--refine-data", str(unseen)]
+    assert main(arguments(base, "out", *more)) == 0
+    (refine,) = ran
+    assert (refine.adapter, refine.data) == (str(base.parent / "out"), str(unseen))
+    assert (refine.train_data, refine.output) == (str(base.parent / "ten.jsonl"), base.parent / "out-refined")
+    assert (refine.rows.format, refine.rows.max_length, refine.model.device) == ("prompt", 32, "cpu")
+    assert "Next:" in capsys.readouterr().out
+
+
+def test_rows_to_refine_on_must_not_be_among_the_training_rows(base: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shared = base.parent / "shared.jsonl"
+    shared.write_text("".join(json.dumps(row) + "\n" for row in tiny.rows(13)[8:]), encoding="utf-8")
+    more = ["--micro-batch", "4", "--then", "refine", "--refine-data", str(shared)]
+    assert main(arguments(base, "out", *more)) == 2
+    assert "2 of the 5 rows of" in capsys.readouterr().err
+    assert not (base.parent / "out").exists()
+    assert main(arguments(base, "out", "--micro-batch", "4", "--then", "refine", "--method", "speclora")) == 2
+    assert "--then refine takes adapters of one low-rank update" in capsys.readouterr().err
 
 
 @pytest.mark.slow

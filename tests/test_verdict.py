@@ -207,11 +207,11 @@ def test_a_better_task_cannot_come_from_seen_rows() -> None:
 
 
 def test_losses_are_told_in_their_unit() -> None:
-    means = {BASE: (3.0, 0.01), UNEDITED: (1.0, 1.0), "a": (1.01, 0.3)}
+    means = {BASE: (3.0, 0.01), UNEDITED: (1.0, 1.0), "a": (0.99, 0.3)}
     found = decide(judged(means, task=LOSS, skills=DRIFT), KEEP, [Contender("a", "one-step")])
     assert found.outcome == "refined"
     assert "(drift from the base, nats per token) 1.0" in found.sentence
-    assert "lose less than 2 % of what it learned" in found.sentence
+    assert "lose less than 0.02 nats per token" in found.sentence
 
 
 def test_notes_say_what_bears_on_the_error_rate() -> None:

@@ -130,7 +130,7 @@ class Adapter:
         """Every module's update and the tensors that hold it, by module path."""
         return kinds.read(self.config, self.tensors)
 
-    @property
+    @cached_property
     def updates(self) -> dict[str, LowRank]:
         """The low-rank update of every module, by module path."""
         return {path: stored.update for path, stored in self.stored.items()}

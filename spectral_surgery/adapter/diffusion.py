@@ -31,7 +31,7 @@ from torch import Tensor
 from spectral_surgery.adapter import files, saving
 from spectral_surgery.adapter.adapter import Adapter
 from spectral_surgery.adapter.block_names import dotted
-from spectral_surgery.adapter.config import AdapterConfig
+from spectral_surgery.adapter.config import OF_KINDS, AdapterConfig
 from spectral_surgery.adapter.kinds import DTYPES, Slot, Stored
 from spectral_surgery.adapter.kinds.convolution import flat
 from spectral_surgery.adapter.kohya_header import rehashed, resized_header
@@ -39,20 +39,20 @@ from spectral_surgery.adapter.portable import shaped
 from spectral_surgery.errors import AdapterError, RunError, combine
 from spectral_surgery.manifest import run_record, source_record, with_result
 from spectral_surgery.selection import Selection, select
-from spectral_surgery.spectrum import LowRank
+from spectral_surgery.spectrum import LowRank, exact
 
 FACTOR = re.compile(
     r"(?P<stem>.+?)(?P<mark>\.lora_|\.lora\.|_lora\d*\.|\.lora_linear_layer\.)"
     r"(?P<side>down|up|A|B)(?P<rest>(?:\.[^.]+)?\.weight|)"
 )
 REFUSED = {
-    r"hada_": "LoHa, whose update is a Hadamard product",
-    r"lokr_": "LoKr, whose update is a Kronecker product",
-    r"dora_scale|lora_magnitude_vector": "DoRA, which rescales every row of the merged weight",
-    r"lora_mid": "LoCon with a middle factor (Tucker form)",
+    r"\.hada_": "LoHa, whose update is a Hadamard product",
+    r"\.lokr_": "LoKr, whose update is a Kronecker product",
+    r"\.dora_scale|\.lora_magnitude_vector": "DoRA, which rescales every row of the merged weight",
+    r"\.lora_mid": "LoCon with a middle factor (Tucker form)",
     r"\.[ab][12]\.weight": "GLoRA",
-    r"oft_|boft_": "OFT, which rotates the weight",
-    r"on_input": "IA3, which multiplies",
+    r"\.b?oft_": "OFT, which rotates the weight",
+    r"\.on_input": "IA3, which multiplies",
 }
 """What is not edited, by a pattern of its tensor names."""
 PEFT_METADATA = "lora_adapter_metadata"
@@ -88,6 +88,9 @@ class DiffusionAdapter(Adapter):
             pair = self.stored[path]
             for side, factor in (("A", update.A), ("B", update.B)):
                 changed[pair.names[side]] = shaped(factor, self.tensors[pair.names[side]], side)
+            for name in (name for name in pair.claims if name.endswith(".bias")):
+                bias = pair.update.scale / update.scale * exact(self.tensors[name])
+                changed[name] = bias.to(self.tensors[name].dtype)
         tensors = {**self.tensors, **changed}
         metadata = resized_header(_peft_resized(self.metadata, self.stored, updates), _sizes(tensors, self.stored))
         origin = self.edited_from or source_record(self)
@@ -117,7 +120,9 @@ class DiffusionAdapter(Adapter):
         out = Path(out).expanduser()
         origin = self.edited_from or source_record(self)
         sources = (self.folder,) if self.folder else ()
-        header = self.metadata if origin["tensors_sha256"] == self.digest else rehashed(self.metadata, self.tensors)
+        header = {key: value for key, value in self.metadata.items() if key != saving.HEADER}
+        if origin["tensors_sha256"] != self.digest:
+            header = rehashed(header, self.tensors)
         if out.suffix != ".safetensors":
             record = with_result(manifest or {}, source=origin, result=self.digest, edit=self.report)
             name = self.folder.name if self.folder else files.DIFFUSERS
@@ -199,7 +204,8 @@ def _pair(
             )
         scale = config.scale(inside, down.shape[0])
     update = LowRank(B=up.flatten(1), A=down.flatten(1), scale=scale)
-    return Stored(update, (Slot(names["B"], flat),), tuple(names.values()), (), names)
+    biases = [name for name in [names["B"].removesuffix(".weight") + ".bias"] if name in tensors]
+    return Stored(update, (Slot(names["B"], flat),), (*names.values(), *biases), (), names)
 
 
 def _owner(stem: str, configs: Mapping[str, AdapterConfig]) -> tuple[str, str] | None:
@@ -216,6 +222,11 @@ def _peft_configs(metadata: Mapping[str, str]) -> dict[str, AdapterConfig]:
     for key, value in _peft_metadata(metadata).items():
         prefix, _, name = key.rpartition(".")
         fields.setdefault(prefix, {})[name] = value
+    for raw in fields.values():
+        if switched_on := [field for field in sorted(OF_KINDS) if raw.get(field)]:
+            raise AdapterError(
+                f"The file's {PEFT_METADATA} has {switched_on[0]} switched on. Only plain LoRA files are edited."
+            )
     return {prefix: AdapterConfig({**raw, "peft_type": "LORA"}) for prefix, raw in fields.items()}
 
 
@@ -285,8 +296,6 @@ def _unclaimed(tensors: Mapping[str, Tensor], pairs: Mapping[str, Stored]) -> It
     if not pairs:
         yield f"The file has {len(tensors)} tensors and none is a LoRA factor. Pass a LoRA file."
     claimed = {name for pair in pairs.values() for name in pair.claims}
-    passing = re.compile(r".*\.(lora_up|lora_B)(\.[^.]+)?\.bias")
-    unknown = [name for name in tensors if name not in claimed and not passing.fullmatch(name)]
-    unknown = [name for name in unknown if "lora_" in name.rpartition(".lora_")[1] or name.endswith(".alpha")]
+    unknown = [name for name in tensors if name not in claimed and (".lora_" in name or name.endswith(".alpha"))]
     if unknown:
         yield f"{len(unknown)} LoRA tensors are of a kind that is not edited, the first is {unknown[0]}."

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spectral_surgery.adapter.saving import is_ours
 from spectral_surgery.errors import AdapterError
 
 CONFIG = "adapter_config.json"
@@ -50,8 +51,8 @@ def locate(name: str, *, revision: str | None = None, subfolder: str | None = No
         return folder
     if not folder.is_dir():
         raise AdapterError(f"{name} has no sub-folder {subfolder!r}.")
-    if (folder / DIFFUSERS).is_file():
-        return folder / DIFFUSERS
+    if single := _single(folder):
+        return single
     inside = sorted(str(path.parent.relative_to(folder)) for path in folder.glob(f"*/{CONFIG}"))
     if not inside:
         raise AdapterError(f"{folder} holds no {CONFIG}. Pass the folder that PEFT's save_pretrained wrote.")
@@ -59,6 +60,14 @@ def locate(name: str, *, revision: str | None = None, subfolder: str | None = No
         f"{folder} holds no {CONFIG}, but its sub-folder{'s' if len(inside) > 1 else ''} {', '.join(inside)} "
         f"{'do' if len(inside) > 1 else 'does'}. Pass --subfolder {inside[0]}."
     )
+
+
+def _single(folder: Path) -> Path | None:
+    """The file of an image model's adapter in a folder: diffusers', or the one that was written here."""
+    if (folder / DIFFUSERS).is_file():
+        return folder / DIFFUSERS
+    found = list(folder.glob("*.safetensors"))
+    return found[0] if len(found) == 1 and found[0].name != WEIGHTS and is_ours(folder) else None
 
 
 def _downloaded(name: str, revision: str | None) -> Path:

@@ -1,7 +1,7 @@
 """Other factors in a PEFT folder: what changes in its configuration and tensors, and which layout every server reads.
 
 PEFT takes a module's scale from ``lora_alpha``, its rank, ``use_rslora`` and two patterns. Other programs read less:
-vLLM and SGLang ignore the patterns, llama.cpp the alpha pattern and rsLoRA, SGLang rsLoRA, and Ollama takes
+vLLM to 0.30 and SGLang ignore the patterns, llama.cpp the alpha pattern and rsLoRA, SGLang rsLoRA, and Ollama takes
 ``lora_alpha`` for a whole number. So new factors carry the scale inside, and the configuration says
 ``lora_alpha = r``: a scale of one under everybody's rule. A rank pattern is written only where ranks differ.
 """

@@ -26,7 +26,22 @@ from spectral_surgery.cli.train import Train
 from spectral_surgery.cli.weights import Weights
 from spectral_surgery.errors import SpectralSurgeryError
 
-COMMANDS = (Inspect, Refine, Compare, Export, Demo, Measure, Edit, Restore, Evaluate, Train, SpecLora, Weights, Convert)
+COMMANDS = (
+    Inspect,
+    Refine,
+    Compare,
+    Export,
+    Demo,
+    Measure,
+    Edit,
+    Restore,
+    Evaluate,
+    Train,
+    SpecLora,
+    Weights,
+    Convert,
+)
+"""In the order of the help: what most people need first, then what experiments need."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

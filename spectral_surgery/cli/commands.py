@@ -257,18 +257,18 @@ class Restore(Command):
 
 @dataclass(frozen=True, kw_only=True)
 class Demo(Command):
-    """Shows the whole of it on an embedded model, offline: measure, try policies and controls live, write one edit."""
+    """Shows the whole of it on an embedded model, offline: refines an adapter that forgot, and says what was found."""
 
     output: Path = Path("spectral-surgery-demo")
-    """Folder to write the edited adapter to."""
+    """Folder for verdict, report and the refined adapter."""
     overwrite: bool = False
-    """Replace an output folder that spectral-surgery wrote."""
+    """Replace what an earlier demo left in the output folder."""
 
     def run(self) -> None:
-        """Prints a table and what was learnt."""
+        """Prints the verdict and how to repeat it."""
         from spectral_surgery.demo.run import run
 
-        with console.progress("trying", "edits") as progress:
+        with console.stages() as progress:
             print(run(self.output, overwrite=self.overwrite, progress=progress))
 
 

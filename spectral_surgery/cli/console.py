@@ -7,7 +7,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 
 def prepare(debug: bool) -> None:
@@ -64,3 +64,19 @@ def progress(what: str, unit: str = "examples") -> Iterator[Callable[[int, int],
             print(f"{what}: {done} of {total} {unit}", file=sys.stderr)
 
     yield line
+
+
+@contextmanager
+def stages() -> Iterator[Callable[[str, int, int], None]]:
+    """Yields a function ``(what, done, total)`` that shows one kind of work after the other."""
+    shown: dict[str, Callable[[int, int], None]] = {}
+    with ExitStack() as stack:
+
+        def tell(what: str, done: int, total: int) -> None:
+            if what not in shown:
+                stack.close()
+                shown.clear()
+                shown[what] = stack.enter_context(progress(what, ""))
+            shown[what](done, total)
+
+        yield tell

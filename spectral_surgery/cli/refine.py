@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
+import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,8 +68,12 @@ class Refine(OfAdapter):
         if self.dry_run:
             print(f"Would refine {self.adapter} and write to {output}.")
             return
-        with ExitStack() as stack:
-            found = carry_out(job, output, overwrite=self.overwrite, progress=_progress(stack))
+        try:
+            with console.stages() as progress:
+                found = carry_out(job, output, overwrite=self.overwrite, progress=progress)
+        except KeyboardInterrupt:
+            print("Stopped. The same command goes on from here.", file=sys.stderr)
+            raise
         print(summary(found.verdict, output, examples=not command.options.no_examples))
         if missing := unavailable():
             print(missing)
@@ -151,18 +154,3 @@ def describe(job: Job) -> list[str]:
     if task.seen_only:
         lines.append("With seen rows only, nothing can be said about how well the task is done.")
     return lines
-
-
-def _progress(stack: ExitStack) -> Callable[[str, int, int], None]:
-    """Returns one function that shows each kind of work by its own bar or lines."""
-    shown: dict[str, Callable[[int, int], None]] = {}
-    opened = ExitStack()
-    stack.push(lambda *error: opened.__exit__(*error))
-
-    def tell(what: str, done: int, total: int) -> None:
-        if what not in shown:
-            opened.close()
-            shown[what] = opened.enter_context(console.progress(what, ""))
-        shown[what](done, total)
-
-    return tell

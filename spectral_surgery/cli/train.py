@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -37,24 +37,27 @@ class Train(Command, TrainOptions):
     def run(self) -> None:
         """Trains and says what to do next."""
         os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL would report what is trained
-        if self.then == "refine":
-            check_refine(self)
         from spectral_surgery.training.preparing import prepare
 
+        if self.then == "refine" and self.adapter.method == "speclora":
+            raise InputError("--then refine takes adapters of one low-rank update, and SpecLoRA has scales beside it.")
         prepared = prepare(self)
+        if self.refine_data:
+            check_unseen(prepared, self.refine_data)
         if prepared.processes.first:
             print(described(prepared))
         if self.dry_run:
             return
-        from spectral_surgery.training.running import train_prepared
+        from spectral_surgery.training.running import leave_group, train_prepared
 
         with console.progress("training", "steps") as progress:
             trained = train_prepared(prepared, progress=progress)
+        leave_group(prepared)
         if prepared.processes.first:
             for each in trained:
-                print(finished(prepared, each))
+                print(finished(prepared, each, self.refine_data))
                 if self.then == "refine":
-                    refine_trained(prepared, each)
+                    refine_trained(prepared, each, self.refine_data)
 
 
 def described(prepared: Prepared) -> str:
@@ -79,7 +82,7 @@ def described(prepared: Prepared) -> str:
     )
 
 
-def finished(prepared: Prepared, trained: Trained) -> str:
+def finished(prepared: Prepared, trained: Trained, unseen: str | None) -> str:
     """Returns what came out and the commands that take it further."""
     points = trained.curve.points
     lines = [
@@ -88,10 +91,10 @@ def finished(prepared: Prepared, trained: Trained) -> str:
     ]
     if trained.work:
         lines.append(f"The checkpoints are in {trained.work}.")
-    return "\n".join([*lines, *_next(prepared, trained)])
+    return "\n".join([*lines, *_next(prepared, trained, unseen)])
 
 
-def _next(prepared: Prepared, trained: Trained) -> list[str]:
+def _next(prepared: Prepared, trained: Trained, unseen: str | None) -> list[str]:
     from spectral_surgery.adapter import Adapter
 
     try:
@@ -103,18 +106,23 @@ def _next(prepared: Prepared, trained: Trained) -> list[str]:
             else ""
         )
         return [f"It cannot be refined as it is: {error}{other}"]
-    return ["Next:", *(f"  {shlex.join(command)}" for command in next_commands(prepared, trained.folder))]
+    return ["Next:", *(f"  {shlex.join(command)}" for command in next_commands(prepared, trained.folder, unseen))]
 
 
-def next_commands(prepared: Prepared, folder: Path) -> list[list[str]]:
-    """Returns the commands that measure and refine a trained adapter on the rows that it learnt from."""
+def next_commands(prepared: Prepared, folder: Path, unseen: str | None = None) -> list[list[str]]:
+    """Returns the commands that measure and refine a trained adapter on the rows that it learnt from.
+
+    Args:
+        prepared: The training.
+        folder: The adapter.
+        unseen: Rows that it did not learn from, to refine it on as well.
+    """
     options, recipe = prepared.options, prepared.recipe
     rows, base = options.rows, options.base
     data = rows.data or recipe.dataset
-    unseen = getattr(options, "refine_data", None)
     reading = rows.reading(recipe)
     named = {
-        "--format": reading.format if rows.data else None,
+        "--format": reading.format if rows.data or unseen else None,
         "--data-name": rows.data_name,
         "--prompt-column": rows.prompt_column,
         "--answer-column": rows.answer_column,
@@ -135,20 +143,28 @@ def next_commands(prepared: Prepared, folder: Path) -> list[list[str]]:
     ]
 
 
-def check_refine(options: TrainOptions) -> None:
-    """Checks, before anything is trained, that what is trained can be refined.
+def check_unseen(prepared: Prepared, unseen: str) -> None:
+    """Checks, before anything is trained, that the rows for refining can be read and are not learnt from.
 
     Raises:
-        InputError: If it cannot.
+        InputError: If they cannot, or are.
     """
-    if options.adapter.method == "speclora":
-        raise InputError("--then refine takes adapters of one low-rank update, and SpecLoRA has scales beside it.")
+    from spectral_surgery.training.rows import load_rows
+
+    options = prepared.options
+    rows = load_rows(replace(options, rows=replace(options.rows, data=unseen, max_rows=None)), prepared.tokenizer)
+    learnt = {example.digest for example in prepared.rows.examples}
+    if both := sum(example.digest in learnt for example in rows.examples):
+        raise InputError(
+            f"{both} of the {len(rows.examples)} rows of {unseen} are among the training rows, which would make any "
+            f"verdict on them too good. Take them out of one."
+        )
 
 
-def refine_trained(prepared: Prepared, trained: Trained) -> None:
+def refine_trained(prepared: Prepared, trained: Trained, unseen: str | None) -> None:
     """Runs the command that refines a trained adapter, as :func:`next_commands` spells it."""
     from spectral_surgery.cli import parse
 
-    _, command = next_commands(prepared, trained.folder)
+    _, command = next_commands(prepared, trained.folder, unseen)
     print(shlex.join(command))
     parse(command[1:]).run()

@@ -1,9 +1,9 @@
 """What the programs that load a PEFT folder make of it: each one's own rule for a module's scale, as tiny readers.
 
 The rules, read in their sources: PEFT takes rank and alpha of a module from the patterns, and divides by the root of
-the rank for rsLoRA; vLLM (up to 0.30) knows rsLoRA, but takes one ``lora_alpha / r`` for all modules; llama.cpp's
+the rank for rsLoRA; vLLM 0.32 does the same. vLLM to 0.30 knows rsLoRA, but has one scale for all modules; llama.cpp's
 converter keeps one ``lora_alpha``, which its runtime divides by the rank of the stored factor; SGLang takes
-``lora_alpha / r`` for all modules and never the root. None of the others tells when a file means something else.
+``lora_alpha / r`` for all modules and never the root. None of these tells when a file means something else.
 
 The readers look at the written files alone, and share no code with the project's own reader of adapters.
 """
@@ -45,7 +45,7 @@ def _peft(config: Mapping[str, Any], path: str, rank: int) -> float:
     return found["lora_alpha"] / (math.sqrt(found["r"]) if config.get("use_rslora") else found["r"])
 
 
-def _vllm(config: Mapping[str, Any], path: str, rank: int) -> float:
+def _older_vllm(config: Mapping[str, Any], path: str, rank: int) -> float:
     return config["lora_alpha"] / (math.sqrt(config["r"]) if config.get("use_rslora") else config["r"])
 
 
@@ -58,8 +58,8 @@ def _sglang(config: Mapping[str, Any], path: str, rank: int) -> float:
 
 
 CONSUMERS = (
-    Consumer("PEFT", _peft),
-    Consumer("vLLM", _vllm),
+    Consumer("PEFT, vLLM 0.32", _peft),
+    Consumer("vLLM to 0.30", _older_vllm),
     Consumer("llama.cpp", _llama_cpp),
     Consumer("SGLang", _sglang),
 )

@@ -1,7 +1,7 @@
 """Every update, or those of named blocks, times a number.
 
-One stored factor of each module is multiplied and rounded once: no decomposition, same rank, same layout. What is no
-low-rank update (modules trained in full, biases) stays as it is.
+One stored factor of each module is multiplied and rounded once: no decomposition, same rank, same layout. A bias of B,
+which has the same scale, goes with it; modules trained in full stay as they are.
 """
 
 from __future__ import annotations
@@ -34,11 +34,15 @@ def scaled(adapter: Adapter, strengths: Mapping[str, float]) -> Adapter:
     Raises:
         RunError: If a factor overflows the stored dtype.
     """
-    updates, report = {}, {}
+    updates, report, biases = {}, {}, {}
     for path, strength in strengths.items():
         if strength != 1:
-            updates[path], report[path] = _scaled(path, adapter.updates[path], strength)
-    return adapter.with_updates(updates, EditReport(report))
+            updates[path], report[path] = _scaled(path, adapter.stored[path].update, strength)
+            for name in adapter.stored[path].claims:
+                if name.endswith(".bias"):
+                    biases[name] = (strength * exact(adapter.tensors[name])).to(adapter.tensors[name].dtype)
+    edited = adapter.with_updates(updates, EditReport(report))
+    return replace(edited, tensors={**edited.tensors, **biases})
 
 
 def _scaled(path: str, update: LowRank, strength: float) -> tuple[LowRank, ModuleEdit]:

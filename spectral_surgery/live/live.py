@@ -89,9 +89,15 @@ class Live:
     def device(self) -> torch.device:
         """Where the model takes its inputs."""
         try:
-            return self.model.get_input_embeddings().weight.device
+            entry = self.model.get_input_embeddings()
         except (AttributeError, NotImplementedError):  # not every model has token embeddings
-            return next(self.model.parameters()).device
+            entry = None
+        weight = next(self.model.parameters()) if entry is None else entry.weight
+        if weight.is_meta:  # offloaded: accelerate brings it to where it is used
+            inner = entry.get_base_layer() if hasattr(entry, "get_base_layer") else entry
+            hook = getattr(inner, "_hf_hook", None)
+            return torch.device(getattr(hook, "execution_device", None) or "cpu")
+        return weight.device
 
     @contextmanager
     def gated(self, gates: Gates) -> Iterator[None]:
@@ -190,11 +196,10 @@ class Live:
     def _check_held(self) -> None:
         """Checks that the model holds the adapter's own tensors, where they are in memory."""
         held = held_tensors(self.model, self.adapter_name)
-        for path in self.paths:
-            for slot in self.adapter.stored[path].slots:
-                name = plain_name(slot.name)
-                if not _agree(held.get(name), self.adapter.tensors[slot.name]):
-                    raise BaseModelError(f"{path}: the loaded {name} is not the adapter's. The adapter did not load.")
+        edited = {slot.name: path for path in self.paths for slot in self.adapter.stored[path].slots}
+        for name, path in edited.items():
+            if not _agree(held.get(plain_name(name)), self.adapter.tensors[name]):
+                raise BaseModelError(f"{path}: the loaded {name} is not the adapter's. The adapter did not load.")
 
 
 def held_tensors(model: PeftModel, adapter_name: str) -> dict[str, Tensor]:

@@ -95,6 +95,9 @@ class Bench:
         )
 
     def _scored(self, candidate: Candidate, objective: Objective, rows: Rows) -> Vector:
+        if not len(rows):
+            return np.zeros(0)
+
         def score() -> Vector:
             with candidate.open(self.live):
                 return objective.score(self.live, rows)

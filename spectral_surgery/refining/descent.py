@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from spectral_surgery.adapter import Adapter
 from spectral_surgery.calibration import Tokenized, batches
+from spectral_surgery.errors import RunError
 from spectral_surgery.live import Live
 from spectral_surgery.policies import Gates
 from spectral_surgery.refining.scoring import LossOf, per_example
@@ -45,10 +47,6 @@ class Term:
 
     def _at(self, positions: Sequence[int] | np.ndarray) -> Tokenized:
         return Tokenized([self.rows.examples[int(i)] for i in positions], self.rows.truncated)
-
-
-Part = Sequence[tuple[Term, Tokenized]]
-"""Some rows of each term."""
 
 
 @dataclass(frozen=True)
@@ -104,24 +102,18 @@ def descend(
     optimiser = torch.optim.Adam(theta.values(), lr=steps.gate_rate)
 
     def state() -> Gates:
-        return {
-            path: _shared(live, path, value.detach().exp().cpu().double().numpy()) for path, value in theta.items()
-        }
+        found = {path: value.detach().exp().cpu().double().numpy() for path, value in theta.items()}
+        return {path: _shared(live, path, gates) for path, gates in found.items()}
 
-    def held_back(rows: Part) -> float:
-        with live.gated(state()):
-            return _total(live, rows)
-
-    def objective(parts: Part) -> Tensor:
-        with live.tuned({path: value.exp() for path, value in theta.items()}):
-            return _sum(live, parts)
+    def opened() -> AbstractContextManager[None]:
+        return live.tuned({path: value.exp() for path, value in theta.items()})
 
     def bound() -> None:
         for value in theta.values():
             value.clamp_(math.log(LOWEST), math.log(HIGHEST))
 
     with live.still():
-        return _minimise(terms, steps, optimiser, objective, held_back, state, bound, progress)
+        return _minimise(live, terms, steps, optimiser, opened, state, bound, progress)
 
 
 def carry_on(
@@ -152,48 +144,95 @@ def carry_on(
             parameter.requires_grad_(True)
         try:
             optimiser = torch.optim.AdamW(factors.values(), lr=learning_rate, weight_decay=0.0)
-            return _minimise(
-                terms,
-                steps,
-                optimiser,
-                lambda parts: _sum(live, parts),
-                lambda rows: _total(live, rows),
-                state,
-                lambda: None,
-                progress,
-            )
+            return _minimise(live, terms, steps, optimiser, nullcontext, state, lambda: None, progress)
         finally:
             for parameter in factors.values():
                 parameter.requires_grad_(False)
+                parameter.grad = None
 
 
 def _minimise(
+    live: Live,
     terms: Sequence[Term],
     steps: Steps,
     optimiser: torch.optim.Optimizer,
-    objective: Callable[[Part], Tensor],
-    held_back: Callable[[Part], float],
+    opened: Callable[[], AbstractContextManager[None]],
     state: Callable[[], Any],
     bound: Callable[[], None],
     progress: Callable[[int, int], None] | None,
 ) -> Any:
-    """Returns the state with the least objective on held-back rows; the starting state counts too."""
+    """Returns the state with the least objective on held-back rows; the starting state counts too.
+
+    Args:
+        live: The loaded model, in evaluation mode.
+        terms: What is minimised.
+        steps: How far.
+        optimiser: Of what is moved.
+        opened: Context in which the model computes with what is moved.
+        state: What is moved, as it is now, as a value.
+        bound: Called after each step, to bring what is moved within bounds.
+        progress: Called with (steps done, steps in all).
+    """
     parts = [(term, *term.parts(steps.seed)) for term in terms]
-    held = [(term, rows) for term, _, rows in parts]
     streams = [(term, _stream(rows, steps)) for term, rows, _ in parts]
-    best = _Best(held_back(held), state())
+    moved = [value for group in optimiser.param_groups for value in group["params"]]
+
+    @torch.no_grad()
+    def held_back() -> float:
+        with opened():
+            return float(sum(per_example(live, rows, term.loss_of).mean() / term.scale for term, _, rows in parts))
+
+    best = _Best(held_back(), state())
     for step in range(1, steps.count + 1):
         optimiser.zero_grad()
-        with torch.enable_grad():
-            objective([(term, next(stream)) for term, stream in streams]).backward()
+        for term, stream in streams:
+            rows = next(stream)
+            _add_gradient(live, term, rows, len(rows.examples), opened, moved)
         optimiser.step()
         with torch.no_grad():
             bound()
         if step % steps.check == 0 or step == steps.count:
-            best.offer(held_back(held), state)
+            best.offer(held_back(), state)
         if progress:
             progress(step, steps.count)
     return best.state
+
+
+def _add_gradient(
+    live: Live,
+    term: Term,
+    rows: Tokenized,
+    total: int,
+    opened: Callable[[], AbstractContextManager[None]],
+    moved: Sequence[Tensor],
+) -> None:
+    """Adds the gradient of ``sum of losses / (total scale)``; rows that do not fit into memory are halved.
+
+    It is added as a whole or not at all, so a backward pass that ran out of memory leaves nothing.
+
+    Raises:
+        RunError: If one row alone does not fit, or a loss is not finite.
+    """
+    try:
+        with torch.enable_grad(), opened():
+            batch = batches(rows, batch_size=len(rows.examples))[0].to(live.device)
+            loss = term.loss_of(rows)(live.model, batch).sum() / (total * term.scale)
+            if not loss.isfinite():
+                raise RunError("The loss of a step is not finite. Use --dtype bfloat16 or float32.")
+            gradients = torch.autograd.grad(loss, moved, allow_unused=True)
+        for value, gradient in zip(moved, gradients, strict=True):
+            if gradient is not None:
+                value.grad = gradient if value.grad is None else value.grad + gradient
+        return
+    except torch.OutOfMemoryError as error:
+        if len(rows.examples) == 1:
+            raise RunError(
+                "One row alone needs more memory than there is. Use --gradient-checkpointing, --load-in-4bit or a "
+                "smaller --max-length, or --steps 0."
+            ) from error
+    half = len(rows.examples) // 2
+    for piece in (rows.examples[:half], rows.examples[half:]):
+        _add_gradient(live, term, Tokenized(piece, 0), total, opened, moved)
 
 
 def _stream(rows: Tokenized, steps: Steps) -> Iterator[Tokenized]:
@@ -203,18 +242,6 @@ def _stream(rows: Tokenized, steps: Steps) -> Iterator[Tokenized]:
         order = rng.permutation(len(rows.examples))
         for begin in range(0, len(order), steps.rows):
             yield Tokenized([rows.examples[int(i)] for i in order[begin : begin + steps.rows]], 0)
-
-
-def _sum(live: Live, parts: Part) -> Tensor:
-    losses = []
-    for term, rows in parts:
-        batch = batches(rows, batch_size=len(rows.examples))[0].to(live.device)
-        losses.append(term.loss_of(rows)(live.model, batch).mean() / term.scale)
-    return torch.stack(losses).sum()
-
-
-def _total(live: Live, parts: Part) -> float:
-    return float(sum(per_example(live, rows, term.loss_of).mean() / term.scale for term, rows in parts))
 
 
 def _shared(live: Live, path: str, gates: np.ndarray) -> np.ndarray:

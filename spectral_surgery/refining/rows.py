@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from spectral_surgery.adapter import Adapter
@@ -138,7 +138,8 @@ def keep_rows(
             f"{options.keep} has {len(keep.rows)} different rows or prompts that do not resemble the task, expected "
             f"at least {FEWEST}: a third each to measure on, to choose on and to test on. Pass more, or --keep auto."
         )
-    return split_keep(keep, rows.seed)
+    measuring, validation, test = split_keep(keep, rows.seed)
+    return replace(measuring, rows=measuring.rows[: rows.examples]), validation, test
 
 
 def row_set(examples: Sequence[Example], categories: Sequence[str] | None = None) -> RowSet:

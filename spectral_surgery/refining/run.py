@@ -115,6 +115,8 @@ def _judged(
     progress: Progress | None,
 ) -> Found:
     job, rule, bench = ready.job, ready.job.rule, ready.bench
+    if job.task.swapped:  # rows that choose also confirm, so all are scored as they would be written
+        candidates = [candidate.written(job.adapter) for candidate in candidates]
     known = {candidate.name: candidate for candidate in candidates}
     edits = [c.name for c in candidates if c.family not in (*RIVALS, "base", "unedited")]
     contenders = [candidate.contender for candidate in candidates]

@@ -182,10 +182,9 @@ def custom_objective(name: str) -> Objective:
         found = answers(live, rows, BatchOptions())
         prompts = [row.prompt for row in rows.examples]
         try:
-            values = function(prompts, found, [row.answer for row in rows.examples])
+            values = np.asarray(function(prompts, found, [row.answer for row in rows.examples]), dtype=float)
         except Exception as error:
             raise RunError(f"The objective {name} raised {type(error).__name__}: {error}.") from error
-        values = np.asarray(values, dtype=float)
         if values.shape != (len(rows),) or not np.isfinite(values).all():
             raise RunError(
                 f"The objective {name} returned an array of shape {values.shape} for {len(rows)} rows, "
@@ -208,8 +207,8 @@ def imported(name: str) -> Callable[..., Any]:
     sys.path.insert(0, "")
     try:
         found = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise InputError(f"The objective {name} cannot be imported ({error}).") from error
+    except Exception as error:  # whatever the user's module raises
+        raise InputError(f"The objective {name} cannot be imported ({type(error).__name__}: {error}).") from error
     finally:
         sys.path.remove("")
     if not callable(found):

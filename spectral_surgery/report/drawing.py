@@ -12,7 +12,6 @@ from xml.etree import ElementTree
 import numpy as np
 
 from spectral_surgery.report import facts
-from spectral_surgery.report.facts import Unit
 from spectral_surgery.report.modules import FLOOR, Spectra
 from spectral_surgery.report.picture import Box, Pair, Picture, Point, along, place
 
@@ -20,6 +19,8 @@ INKS = {"base": "#44444f", "yours": "#1b1b1f", "strength": "#6f6f7a", "rival": "
 """By role; shapes differ too, so nothing rests on colour."""
 LETTER = 0.57
 """Width of a letter in heights, on average."""
+LIMIT = 95.0
+"""Pixels that the words at the task's limit take."""
 GAP = 13.0
 """Pixels between the middle of a mark and its label."""
 CLOSE = 1.6
@@ -82,15 +83,9 @@ def _axes(svg: ElementTree.Element, picture: Picture, frame: Box) -> None:
         _add(svg, "path", d=f"M{left:.1f} {y:.1f}H{left + width:.1f}", stroke="#ededf1")
         _text(svg, left - 7, y + 4, words, anchor="end", cls="soft")
     room = (left + width) / (0.6 * 12)
-    wide, high = (_title(name, unit, room) for name, unit in zip(("task", "other skills"), picture.units, strict=True))
+    wide, high = (picture.title(axis, room) for axis in (0, 1))
     _text(svg, left + width, bottom + 38, f"{wide} · better →", anchor="end", cls="axis")
     _text(svg, 2, 12, f"↑ better · {high}", cls="axis")
-
-
-def _title(name: str, unit: Unit, room: float) -> str:
-    """The title of an axis: name, measure and unit as far as there is room for so many letters."""
-    choices = [f"{name}: {unit.label}", f"{name}, {'%' if unit.percent else unit.unit}", name]
-    return facts.visible(next((words for words in choices if len(words) + 11 <= room), name))
 
 
 def _limit(svg: ElementTree.Element, picture: Picture, frame: Box) -> None:
@@ -100,7 +95,9 @@ def _limit(svg: ElementTree.Element, picture: Picture, frame: Box) -> None:
     x = left + picture.share(0, picture.limit) * width
     _add(svg, "rect", x=left, y=top, width=max(0.0, x - left), height=height, fill="#f3f1ec", opacity=0.75)
     _add(svg, "path", d=f"M{x:.1f} {top:.1f}V{top + height:.1f}", stroke="#8d7f62", stroke_dasharray="5 4")
-    _text(svg, x - 6, top + height - 8, picture.limit_label, anchor="end", cls="limit")
+    room = x - left > LIMIT
+    place = (x - 6, "end") if room else (x + 6, "start")
+    _text(svg, place[0], top + height - 8, picture.limit_label, anchor=place[1], cls="limit")
 
 
 def _bars(svg: ElementTree.Element, point: Point, at: Place) -> None:
@@ -133,7 +130,10 @@ def _labels(svg: ElementTree.Element, picture: Picture, at: Place, line: Sequenc
     blocked += [(x - 3, y - 3, 6.0, 6.0) for x, y in (at(where) for _, where in picture.others)]
     if picture.limit is not None:
         x = at((picture.limit, picture.spans[1][0]))[0]
-        blocked += [(x - 1, frame[1], 2.0, frame[3]), (x - 100, frame[1] + frame[3] - 22, 100.0, 20.0)]
+        blocked += [
+            (x - 1, frame[1], 2.0, frame[3]),
+            (x - (LIMIT if x - frame[0] > LIMIT else 0), frame[1] + frame[3] - 22, LIMIT, 20.0),
+        ]
     for point, (x, y) in points:
         reach = (
             [(at((v, point.at[1]))[0], y) for v in point.task],

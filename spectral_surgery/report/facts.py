@@ -144,7 +144,8 @@ def standings(verdict: Verdict) -> list[Standing]:
             rivals.setdefault(c["family"], []).append(c)
     for family, several in sorted(rivals.items(), key=lambda item: item[0] != STRENGTH):
         best = _best(verdict, several)
-        name = f"best strength: {best['name'].removeprefix('strength ')}"
+        title = "strength" if (winner(verdict) or {}).get("family") == STRENGTH else "best strength"
+        name = f"{title}: {best['name'].removeprefix('strength ')}"
         found.append(("strength", name, best) if family == STRENGTH else ("rival", best["name"], best))
     won = ("refined", "refined: ") if verdict["outcome"] == REFINED else ("rival", "")
     found += [(won[0], won[1] + c["name"], c) for c in tested if c["stage"] == "winner"]

@@ -74,8 +74,8 @@ def tradeoff(verdict: Verdict) -> Figure | None:
         side.set_ticks(ticks, drawn.written(number, ticks))
     axis.grid(color="0.93", linewidth=0.6)
     axis.set_axisbelow(True)
-    axis.set_xlabel(f"task: {drawn.units[0].label} (better →)")
-    axis.set_ylabel(f"other skills: {drawn.units[1].label} (better →)")
+    axis.set_xlabel(f"{drawn.title(0, 66)} (better →)")
+    axis.set_ylabel(f"{drawn.title(1, 50)} (better →)")
     if drawn.limit is not None:
         axis.axvspan(drawn.spans[0][0], drawn.limit, color="#f3f1ec", zorder=0)
         axis.axvline(drawn.limit, color="#8d7f62", linewidth=0.8, linestyle=(0, (4, 3)))

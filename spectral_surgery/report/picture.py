@@ -8,13 +8,17 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from spectral_surgery.report import facts
 from spectral_surgery.report.facts import Standing, Unit, Verdict
 
 ROOM = 0.09
 """Share of an axis that stays free on each side of the points."""
+EDGE = 0.025
+"""Where what lies outside of an axis is drawn, as a share of it."""
+FAR = 4
+"""A base so many times further away than everything else is spread is drawn at the edge, with its value."""
 
 LEAST = 0.1
 """Least span of an axis: ten points, or a tenth of a loss, so that noise does not look like a difference."""
@@ -70,6 +74,12 @@ class Picture:
         found = MaxNLocator(most - 1, steps=[1, 2, 5, 10], min_n_ticks=3).tick_values(low, high)
         return [float(value) for value in found if low <= value <= high]
 
+    def title(self, axis: int, room: float | int) -> str:
+        """Returns the title of an axis: name, measure and unit, as far as there is room for so many letters."""
+        unit, name = self.units[axis], ("task", "other skills")[axis]
+        choices = [f"{name}: {unit.label}", f"{name}, {'%' if unit.percent else unit.unit}", name]
+        return facts.visible(next((words for words in choices if len(words) + len(" (better →)") <= room), name))
+
     def written(self, axis: int, values: Sequence[float]) -> list[str]:
         """Returns the values of an axis as they are written at its ticks, without needless digits."""
         labels = [self.units[axis].number(value) for value in values]
@@ -93,9 +103,11 @@ def picture(verdict: Verdict) -> Picture | None:
         if c["validation"] and c["name"] not in shown and c["family"] != facts.STRENGTH
     ]
     limit, label = _limit(verdict, points)
-    spans = tuple(_span(axis, units[axis], points, [at for _, at in curve], limit) for axis in (0, 1))
+    spans = (_span(0, units[0], points, curve, limit), _span(1, units[1], points, curve, limit))
+    points = [_brought_in(point, units, spans) for point in points]
+    curve = [(strength, at) for strength, at in curve if all(_inside(spans[axis], at[axis]) for axis in (0, 1))]
     others = [(name, at) for name, at in others if all(_inside(spans[axis], at[axis]) for axis in (0, 1))]
-    return Picture(units, points, curve, rows, others, limit, label, (spans[0], spans[1]))
+    return Picture(units, points, curve, rows, others, limit, label, spans)
 
 
 def _point(one: Standing, units: tuple[Unit, Unit]) -> Point:
@@ -157,15 +169,44 @@ def _limit(verdict: Verdict, points: Sequence[Point]) -> tuple[float | None, str
     return yours + sign * margin, f"may lose {100 * share:g} %" if share else "must gain"
 
 
-def _span(axis: int, unit: Unit, points: Sequence[Point], curve: Sequence[Pair], limit: float | None) -> Pair:
-    values = [v for point in points for v in (point.task, point.skills)[axis]] + [at[axis] for at in curve]
+def _span(
+    axis: int, unit: Unit, points: Sequence[Point], curve: Sequence[tuple[float, Pair]], limit: float | None
+) -> Pair:
+    """From worse to better, with room; without the base where it would press all others into a corner."""
+    values = [v for point in points if point.role != "base" for v in (point.task, point.skills)[axis]]
     if axis == 0 and limit is not None:
         values.append(limit)
+    base = [v for point in points if point.role == "base" for v in (point.task, point.skills)[axis]]
+    whole = [*values, *base, *(at[axis] for _, at in curve)]
+    spread = max(values) - min(values)
+    if not 0 < spread * FAR < max(*values, *base) - min(*values, *base):
+        values = whole
     low, high = min(values), max(values)
     least = LEAST if unit.percent else LEAST * max(abs(low), abs(high), 1e-6)
     room = max(ROOM * (high - low), (least - (high - low)) / 2)
     low, high = low - room, high + room
     return (high, low) if unit.lower_is_better else (low, high)
+
+
+def _brought_in(point: Point, units: tuple[Unit, Unit], spans: tuple[Pair, Pair]) -> Point:
+    """The point, at the edge and with its value in its label where it lies outside of the axes."""
+    at, label = list(point.at), point.label
+    for axis, arrows in enumerate((("←", "→"), ("↓", "↑"))):
+        worst, best = spans[axis]
+        share = (at[axis] - worst) / (best - worst)
+        if not 0 <= share <= 1:
+            at[axis] = worst + (best - worst) * (EDGE if share < 0 else 1 - EDGE)
+            label = f"{arrows[share > 1]} {label} at {units[axis].number(point.at[axis])}"
+    kept = [(min(max(low, min(span)), max(span)), min(max(high, min(span)), max(span)))
+            for (low, high), span in zip((point.task, point.skills), spans, strict=True)]  # fmt: skip
+    if label == point.label:
+        return point
+    return replace(point, at=(at[0], at[1]), label=label, task=_around(at[0], kept[0]), skills=_around(at[1], kept[1]))
+
+
+def _around(value: float, interval: Pair) -> Pair:
+    """The interval if it holds the value, else no width."""
+    return interval if interval[0] <= value <= interval[1] else (value, value)
 
 
 def _inside(span: Pair, value: float) -> bool:
@@ -198,7 +239,10 @@ def place(
     """
     blocked = list(obstacles)
     choices = [_places(anchor, size, gap) for anchor, size in zip(anchors, sizes, strict=True)]
-    own = [[_cost(box, blocked, bounds) + 0.35 * rank for rank, box in enumerate(boxes)] for boxes in choices]
+    own = [
+        [_cost(box, blocked, bounds) + 0.35 * rank + 8 * (rank // AROUND) for rank, box in enumerate(boxes)]
+        for boxes in choices
+    ]
     taken = [min(range(len(costs)), key=costs.__getitem__) for costs in own]
     for _ in range(12):
         before = list(taken)
@@ -211,6 +255,10 @@ def place(
         if taken == before:
             break
     return [boxes[k] for boxes, k in zip(choices, taken, strict=True)]
+
+
+AROUND = 8
+"""Places at each distance."""
 
 
 def _places(anchor: Pair, size: Pair, gap: float) -> list[Box]:

@@ -42,6 +42,11 @@ class SpecLoraModel(LoraModel):
     @staticmethod
     def _create_new_module(lora_config: SpecLoraConfig, adapter_name: str, target: nn.Module, **kwargs: Any) -> Any:
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if _sharded(base):
+            raise BaseModelError(
+                f"{kwargs['target_name']} is split over devices by tensor parallelism, where a row has another number on "
+                f"each, and SpecLoRA does not take that into account. Load the base model without tp_plan."
+            )
         kind = _layer_class(base)
         if kind is None:
             raise BaseModelError(
@@ -87,6 +92,11 @@ class SpecLoraModel(LoraModel):
                 f"without them; load the adapter's own file on its own base model."
             )
         return found
+
+
+def _sharded(base: nn.Module) -> bool:
+    """Returns whether PEFT found a tensor-parallel plan for the layer, or its weight is a distributed tensor."""
+    return getattr(base, "_hf_tp_plan", None) is not None or hasattr(getattr(base, "weight", None), "device_mesh")
 
 
 def _dtype(base: nn.Module) -> str:

@@ -137,8 +137,10 @@ class Directions(Scale):
     def spread(
         self, into: Float[Tensor, "*tokens out"], values: Float[Tensor, "*tokens k"]
     ) -> Float[Tensor, "*tokens out"]:
-        """Adds ``U values``."""
-        return into + values.to(into.dtype) @ self.U.T.to(into.dtype)
+        """Adds ``U values`` in place, in one product."""
+        rows = into.view(-1, into.shape[-1])
+        rows.addmm_(values.to(into.dtype).reshape(-1, values.shape[-1]), self.U.T.to(into.dtype))
+        return into
 
 
 def make_scale(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -13,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from spectral_surgery.adapter import saving
-from spectral_surgery.errors import BaseModelError, DataError, InputError, OutputError, combine
+from spectral_surgery.errors import BaseModelError, DataError, InputError, combine
+from spectral_surgery.training.checkpoints import check_folders, unfinished
 from spectral_surgery.training.methods import peft_config
 from spectral_surgery.training.options import TrainOptions, faults
 from spectral_surgery.training.recipes import Recipe, accumulation
@@ -126,7 +125,7 @@ def prepare(options: TrainOptions, processes: Processes | None = None) -> Prepar
     """
     processes = processes or Processes.here()
     own = [*faults(options, processes.count), *_launch_faults(options, processes)]
-    folders = partial(_check_folders, options) if processes.first else lambda: None
+    folders = partial(check_folders, options) if processes.first else lambda: None
     _together(*(partial(combine, [fault]) for fault in own), folders)
     name = _model_name(options)
     tokenizer = load_tokenizer(name, options)
@@ -138,7 +137,7 @@ def prepare(options: TrainOptions, processes: Processes | None = None) -> Prepar
     )
     prepared = Prepared(options, options.numbers(), processes, name, tokenizer, rows, modules)
     if options.resume:
-        _together(*(partial(unfinished, prepared, seed) for seed in options.schedule.seeds))
+        _together(*(partial(unfinished, options.folder(s), prepared.record(s)) for s in options.schedule.seeds))
     return prepared
 
 
@@ -284,86 +283,3 @@ def module_paths(config: Any, name: str, options: TrainOptions) -> tuple[str, ..
         )
     chosen = {path for paths in ends.values() for path in paths}
     return tuple(path for path in linear if path in chosen)
-
-
-def work_folder(folder: Path) -> Path:
-    """Returns where a training keeps its checkpoints: beside the adapter to come."""
-    return folder.parent / f"{folder.name}.training"
-
-
-def _check_folders(options: TrainOptions) -> None:
-    """Checks that every seed's adapter may be written and its checkpoints may be begun."""
-    for seed in options.schedule.seeds:
-        folder = options.folder(seed)
-        work = work_folder(folder)
-        if work.exists() and any(work.iterdir()) and not saving.is_ours(work):
-            raise OutputError(
-                f"{work} is where the checkpoints go, and it was not written by spectral-surgery. Choose "
-                f"another --output."
-            )
-        if options.resume:
-            continue
-        saving.check_output(folder, overwrite=options.overwrite)
-        if work.exists() and not options.overwrite:
-            raise OutputError(
-                f"{work} holds checkpoints of an unfinished training. Pass --resume to go on, or "
-                f"--overwrite to begin anew."
-            )
-
-
-def unfinished(prepared: Prepared, seed: int) -> Path | None:
-    """Returns the last whole checkpoint of one seed's training, or None where there is none.
-
-    Raises:
-        InputError: If the checkpoints are those of another training; the message says what differs.
-        OutputError: If the adapter is there already, but of another training.
-    """
-    folder = prepared.options.folder(seed)
-    work = work_folder(folder)
-    if finished(prepared, seed):
-        return None
-    if folder.exists():
-        saving.check_output(folder, overwrite=False)
-    if not saving.is_ours(work):
-        return None
-    record = json.loads((work / saving.MANIFEST).read_text(encoding="utf-8"))["training"]
-    if different := _differences(record, prepared.record(seed)):
-        raise InputError(
-            f"The checkpoints in {work} are of another training: {'; '.join(different[:5])}. Pass what they were made "
-            f"with, or --overwrite in place of --resume to begin anew."
-        )
-    steps = {int(path.name.rpartition("-")[2]): path for path in work.glob("checkpoint-*")}
-    # The state is written last: a checkpoint without it was cut off.
-    whole = [steps[step] for step in sorted(steps) if (steps[step] / "trainer_state.json").is_file()]
-    return whole[-1] if whole else None
-
-
-def finished(prepared: Prepared, seed: int) -> bool:
-    """Returns whether one seed's adapter is there and is what this run would train."""
-    folder = prepared.options.folder(seed)
-    if not saving.is_ours(folder):
-        return False
-    record = json.loads((folder / saving.MANIFEST).read_text(encoding="utf-8")).get("training")
-    return bool(record) and not _differences(record, prepared.record(seed))
-
-
-def _differences(there: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
-    return [
-        f"{name} was {there.get(name)!r} and is now {value!r}"
-        for name, value in wanted.items()
-        if there.get(name) != value
-    ]
-
-
-def begin(prepared: Prepared, seed: int) -> Path:
-    """Returns the work folder of one seed's training, made anew unless it is resumed; by one process only."""
-    from spectral_surgery.manifest import run_record
-
-    work = work_folder(prepared.options.folder(seed))
-    if prepared.processes.first and not (prepared.options.resume and saving.is_ours(work)):
-        if saving.is_ours(work):
-            shutil.rmtree(work)
-        work.mkdir(parents=True, exist_ok=True)
-        record = {**run_record(), "training": prepared.record(seed)}
-        (work / saving.MANIFEST).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    return work

@@ -6,6 +6,7 @@ mean over all labelled tokens of a global batch, whatever the number of devices 
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import os
@@ -20,6 +21,7 @@ import torch
 
 from spectral_surgery.errors import BaseModelError, RunError
 from spectral_surgery.training import methods, preparing
+from spectral_surgery.training.checkpoints import begin, finished, unfinished, work_folder
 from spectral_surgery.training.options import TrainOptions
 from spectral_surgery.training.preparing import Prepared
 from spectral_surgery.training.results import LossCurve, write_adapter
@@ -67,7 +69,7 @@ def train_prepared(prepared: Prepared, *, progress: Progress | None = None) -> l
     seeds = prepared.options.schedule.seeds
     found = []
     for place, seed in enumerate(seeds):
-        if prepared.options.resume and preparing.finished(prepared, seed):
+        if prepared.options.resume and finished(prepared.options.folder(seed), prepared.record(seed)):
             log.info("%s is trained already.", prepared.options.folder(seed))
             continue
 
@@ -76,20 +78,34 @@ def train_prepared(prepared: Prepared, *, progress: Progress | None = None) -> l
                 progress(place * of_one + done, len(seeds) * of_one)
 
         found.append(_train_seed(prepared, seed, told))
+        _free_memory()
     return found
 
 
+def _free_memory() -> None:
+    """Gives back what a finished training held, to the next seed or to refining."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def leave_group(prepared: Prepared) -> None:
+    """Ends the group of processes, after which each goes on alone."""
+    if prepared.processes.count > 1:
+        torch.distributed.destroy_process_group()
+
+
 def _train_seed(prepared: Prepared, seed: int, progress: Progress) -> Trained:
-    options = prepared.options
-    checkpoint = preparing.unfinished(prepared, seed) if options.resume else None
-    work = preparing.begin(prepared, seed)
+    options, first = prepared.options, prepared.processes.first
+    folder, record = options.folder(seed), prepared.record(seed)
+    checkpoint = unfinished(folder, record) if options.resume else None
+    work = begin(folder, record, resume=options.resume) if first else work_folder(folder)
     trainer = _trainer(prepared, seed, work, resumed=checkpoint is not None)
     trainer.add_callback(_watch(progress))
-    with _naming(work if prepared.processes.first else None):
+    with _naming(work if first else None):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     curve = LossCurve.of(trainer.state.log_history)
-    folder = options.folder(seed)
-    if prepared.processes.first:
+    if first:
         model = trainer.accelerator.unwrap_model(trainer.model)
         write_adapter(prepared, seed, model, curve, folder, work)
         if not options.keep_checkpoints:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from spectral_surgery.adapter.config import AdapterConfig
 from spectral_surgery.adapter.kinds.kind import Kind, Module, Stored, number_faults, stored
-from spectral_surgery.spectrum import LowRank
+from spectral_surgery.spectrum import LowRank, spacing
 
 ROLES = ("A", "B", "E")
 
@@ -37,7 +37,9 @@ def read(config: AdapterConfig, module: Module) -> dict[str, Stored]:
         return {}
     A = module["E"].double() * module["A"].double()
     rank = float(config.raw.get("init_r", 12))
-    update = LowRank(module["B"], A, float(config.raw.get("lora_alpha") or rank) / (rank + 1e-5))
+    update = LowRank(
+        module["B"], A, float(config.raw.get("lora_alpha") or rank) / (rank + 1e-5), A_spacing=spacing(module["A"])
+    )
     return {module.path: stored(module, update, "B", "layer")}
 
 

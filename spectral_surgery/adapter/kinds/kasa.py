@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from spectral_surgery.adapter.config import AdapterConfig
 from spectral_surgery.adapter.kinds.kind import Kind, Module, Stored, number_faults, pair_faults, stored
-from spectral_surgery.spectrum import LowRank
+from spectral_surgery.spectrum import LowRank, spacing
 
 
 def claims(config: AdapterConfig, module: Module) -> bool:
@@ -23,7 +23,7 @@ def faults(config: AdapterConfig, module: Module) -> Iterator[str]:
 def read(config: AdapterConfig, module: Module) -> dict[str, Stored]:
     """Returns the module's update; A takes the diagonal in, which an edit of B leaves where it is."""
     A = module["diag"].double()[:, None] * module["A"].double()
-    update = LowRank(module["B"], A, config.scale(module.path, len(A)))
+    update = LowRank(module["B"], A, config.scale(module.path, len(A)), A_spacing=spacing(module["A"]))
     return {module.path: stored(module, update, "B")}
 
 

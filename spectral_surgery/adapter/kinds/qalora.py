@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from spectral_surgery.adapter.config import AdapterConfig
 from spectral_surgery.adapter.kinds.kind import Kind, Module, Stored, pair_faults, stored
-from spectral_surgery.spectrum import LowRank
+from spectral_surgery.spectrum import LowRank, spacing
 
 
 def claims(config: AdapterConfig, module: Module) -> bool:
@@ -20,7 +20,7 @@ def read(config: AdapterConfig, module: Module) -> dict[str, Stored]:
     """Returns the module's update; A is spread over the inputs that it pools."""
     A, group = module["A"], int(config.raw.get("qalora_group_size") or 16)
     spread = A.double().repeat_interleave(group, 1) * (A.shape[1] / group)
-    update = LowRank(module["B"], spread, config.scale(module.path, len(A)))
+    update = LowRank(module["B"], spread, config.scale(module.path, len(A)), A_spacing=spacing(A))
     return {module.path: stored(module, update, "B", "layer")}
 
 

@@ -20,6 +20,7 @@ from torch.nn.functional import embedding
 from spectral_surgery.errors import BaseModelError
 from spectral_surgery.live.gating import Components, Gating, RowNorm
 from spectral_surgery.live.seats import lora_b
+from spectral_surgery.live.seats.embedding import embed_scale
 from spectral_surgery.live.seats.site import Site, gated_output
 from spectral_surgery.spectrum import LowRank, Spectrum, exact
 
@@ -55,12 +56,10 @@ def components(site: Site, update: LowRank, spectrum: Spectrum) -> Components:
     n2 = torch.cat(norm2)
     along = 2 * sigma * U * torch.cat(M) / n2[:, None]
     bias = getattr(base, "bias", None)
-    norm = RowNorm(
-        along.T, (sigma * U).square().T / n2, torch.zeros(len(n2)).double() if bias is None else exact(bias)
-    )
+    bias = torch.zeros_like(n2) if bias is None else exact(bias)
+    norm = RowNorm(along.T, (sigma * U).square().T / n2, bias)
     magnitude = exact(layer.lora_magnitude_vector[site.adapter].weight).flatten() / n2.sqrt()
-    factor = layer._get_embed_scale() if isinstance(base, nn.Embedding) else None
-    scale = site.parts.scale * (1.0 if factor is None else float(factor))
+    scale = site.parts.scale * embed_scale(layer)
     return replace(site.parts, U=magnitude[:, None] * U, C=scale * site.parts.C, scale=1.0, norm=norm)
 
 

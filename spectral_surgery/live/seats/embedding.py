@@ -21,9 +21,7 @@ def check(layer: Any, path: str) -> None:
 
 def components(site: Site, update: LowRank, spectrum: Spectrum) -> Components:
     """Returns the components with scale, input factor and the scale that some models put on embeddings in them."""
-    factor = site.layer._get_embed_scale()
-    parts = site.parts if factor is None else replace(site.parts, scale=site.parts.scale * float(factor))
-    return parts.folded(update.A)
+    return replace(site.parts, scale=site.parts.scale * embed_scale(site.layer)).folded(update.A)
 
 
 def attach(sites: list[Site], gating: Gating, stack: ExitStack) -> None:
@@ -41,3 +39,9 @@ def _hook(site: Site, gating: Gating) -> Callable[..., Tensor]:
         return gated_output(site, gating, embedding(inputs[0], parts.A.T), out)
 
     return hook
+
+
+def embed_scale(layer: Any) -> float:
+    """Returns what a model multiplies its embeddings by, such as Gemma; one in most, and in layers of other kinds."""
+    factor = layer._get_embed_scale() if hasattr(layer, "_get_embed_scale") else None
+    return 1.0 if factor is None else float(factor)

@@ -36,32 +36,32 @@ def components(site: Site, update: LowRank, spectrum: Spectrum) -> Components:
 def attach(sites: list[Site], gating: Gating, stack: ExitStack) -> None:
     """Replaces the methods by which PEFT takes the layer's factors and their product."""
     layer, adapter = sites[0].layer, sites[0].adapter
-    factors, product = layer.get_delta_factors, layer.get_delta_weight
     index = torch.tensor([site.place.expert for site in sites])
+    upright = getattr(layer, "_did_swap_in_out_features", False)  # (out, in) slices, as nn.Linear has them
+
+    def without(stacked: Tensor, gone: Tensor) -> Tensor:
+        return stacked.index_add(0, index.to(stacked.device), gone.to(stacked.dtype), alpha=-1)
 
     def get_delta_factors(name: str) -> tuple[Tensor, Tensor, float]:
         left, right, scale = factors(name)
         if name != adapter:
             return left, right, scale
-        if layer._did_swap_in_out_features:
-            return _without(left, removed(sites, gating, left)), right, scale
-        return left, _without(right, removed(sites, gating, right).mT), scale
+        if upright:
+            return without(left, removed(sites, gating, left)), right, scale
+        return left, without(right, removed(sites, gating, right).mT), scale
 
     def get_delta_weight(name: str, *args: Any, **kwargs: Any) -> Tensor:
         delta = product(name, *args, **kwargs)
         if name != adapter:
             return delta
         A = layer.lora_A[adapter].weight
-        A = A.reshape(layer.num_experts, -1, A.shape[-1])[index.to(A.device)]
-        gone = (
-            layer.scaling[adapter] * removed(sites, gating, delta) @ A.to(torch.promote_types(A.dtype, torch.float32))
-        )
+        gone = layer.scaling[adapter] * removed(sites, gating, delta)
+        gone = gone @ A.reshape(layer.num_experts, -1, A.shape[-1])[index.to(A.device)].to(gone.dtype)
         if delta.ndim == 2:
             return (delta - gone[0]).to(delta.dtype)
-        return _without(delta, gone if layer._did_swap_in_out_features else gone.mT)
+        return without(delta, gone if upright else gone.mT)
 
-    def _without(stacked: Tensor, gone: Tensor) -> Tensor:
-        return stacked.index_add(0, index.to(stacked.device), gone.to(stacked.dtype), alpha=-1)
-
-    override(layer, "get_delta_factors", get_delta_factors, stack)
+    product, factors = layer.get_delta_weight, getattr(layer, "get_delta_factors", None)
     override(layer, "get_delta_weight", get_delta_weight, stack)
+    if factors:  # PEFT 0.21 and later
+        override(layer, "get_delta_factors", get_delta_factors, stack)

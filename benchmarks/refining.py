@@ -1,0 +1,194 @@
+"""What refine gets back on the embedded adapter, of skills that it was shown and of skills that it never saw.
+
+Half of the ten skills are among the kept rows, the other half never: not to measure on, not to choose on. Every run
+draws its own rows. Afterwards the verdict's winner is scored on fresh rows of the task, of the kept and of the
+never-kept skills, beside base, unedited adapter and, as rivals at the same task score, the strength, the more even
+spectrum and the continued training that keep at least as much of the task on these rows.
+
+    python benchmarks/refining.py --output build/benchmark-refine
+    python benchmarks/refining.py --scenario seen --runs 1
+    python benchmarks/refining.py --scenario nothing --runs 1
+    python benchmarks/refining.py --scenario defect --runs 1
+
+Scenarios: ``unseen`` (unseen rows, keep rows with answers), ``seen`` (rows of the training only, keep prompts without
+answers), ``nothing`` (``--may-lose 0`` where there is nothing to gain: the answer should be to leave it alone),
+``defect`` (one component of the adapter amplified five times).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from spectral_surgery.adapter import Adapter
+from spectral_surgery.calibration import load_examples, tokenize
+from spectral_surgery.demo import tasks, world
+from spectral_surgery.demo.build import train_adapter
+from spectral_surgery.formats import DataOptions
+from spectral_surgery.options import BatchOptions, ModelOptions
+from spectral_surgery.refining.candidates import Candidate
+from spectral_surgery.refining.job import prepare
+from spectral_surgery.refining.options import RefineOptions
+from spectral_surgery.refining.run import Found, run
+from spectral_surgery.refining.scoring import Rows, exact_objective
+from spectral_surgery.statistics import paired_proportions
+from spectral_surgery.surgery import operate
+from spectral_surgery.tables import table
+
+KEPT, NEVER = ("add", "copy", "max", "reverse", "upper"), ("count", "min", "modulo", "sort", "subtract")
+CLEAN = 1500
+"""Rows with right labels that the adapter with nothing to gain is trained on."""
+BATCHING = BatchOptions(token_budget=16384)
+BASE = ModelOptions(base_model=str(world() / "base"), dtype="float32", device="cpu")
+
+
+def write(path: Path, rows: list[dict[str, str]]) -> str:
+    """Writes rows as JSONL and returns the path."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def shipped(name: str) -> list[dict[str, str]]:
+    """Returns an embedded set of rows."""
+    return [json.loads(line) for line in (world() / "data" / f"{name}.jsonl").read_text("utf-8").splitlines()]
+
+
+def drawn(names: tuple[str, ...], count: int, seed: int) -> list[dict[str, str]]:
+    """Returns so many held-out rows of each task, none of which the adapter was trained on."""
+    known = tasks.prompts(shipped("train"))
+    rows = [dict(row) for name in names for row in tasks.rows(name, count, seed, exclude=known)]
+    random.Random(seed).shuffle(rows)
+    return rows
+
+
+def defective(adapter: Adapter, seed: int) -> Adapter:
+    """Returns the adapter with one component of one module amplified five times: the strongest of a random module."""
+    path = random.Random(seed).choice(sorted(adapter.updates))
+    gates = np.ones(adapter.updates[path].A.shape[0])
+    gates[0] = 5.0
+    updates, report = operate(adapter.updates, {path: gates})
+    return adapter.with_updates(updates, report)
+
+
+def job_of(options: argparse.Namespace, seed: int, folder: Path) -> Any:
+    """Returns the prepared job of one run."""
+    adapter = Adapter.load(world() / "adapter")
+    task = drawn((tasks.COMPARE,), options.rows + CLEAN * (options.scenario == "nothing"), seed)
+    keep = drawn(KEPT, options.keep // len(KEPT), seed + 1)
+    common = {"seed": seed}
+    if options.scenario == "seen":
+        keep = [{key: row[key] for key in ("prompt", "task")} for row in keep]
+        refining = RefineOptions(keep=write(folder / "keep.jsonl", keep), keep_tokens=16)
+        data = write(folder / "train.jsonl", shipped("train"))
+        return prepare(adapter, None, train_data=data, options=refining, rows=DataOptions(**common), model=BASE)
+    refining = RefineOptions(objective="exact", keep=write(folder / "keep.jsonl", keep))
+    if options.scenario == "nothing":
+        refining = replace(refining, may_lose="0")
+        train_adapter(world() / "base", folder / "clean", Path(write(folder / "clean.jsonl", task[:CLEAN])), seed)
+        adapter, task = Adapter.load(folder / "clean"), task[CLEAN:]
+    if options.scenario == "defect":
+        adapter = defective(adapter, seed)
+    data = write(folder / "rows.jsonl", task)
+    return prepare(adapter, data, options=refining, rows=DataOptions(**common), model=BASE)
+
+
+def exact(found: Found, candidate: Candidate, rows: Rows) -> np.ndarray:
+    """Returns which rows a candidate answers exactly, with the tensors as they would be written."""
+    bench = found.ready.bench
+    with candidate.written(found.ready.job.adapter).open(bench.live):
+        return exact_objective("strip", BATCHING).score(bench.live, rows)
+
+
+def fresh(found: Found, names: tuple[str, ...], count: int, seed: int) -> Rows:
+    """Returns rows that this run has not used."""
+    path = Path(found.ready.job.options.keep).with_name(f"fresh-{names[0]}.jsonl")
+    write(path, drawn(names, count, seed + 1000))
+    examples = load_examples(str(path), DataOptions(), found.ready.job.tokenizer)
+    used = {row.digest for part in (found.ready.measuring, found.ready.validation, found.ready.test)
+            for row in (*part.task.examples, *part.keep.examples)}  # fmt: skip
+    examples = [row for row in examples if row.digest not in used]
+    return Rows(examples, tokenize(examples, found.ready.job.tokenizer, 1024))
+
+
+def scores(found: Found, options: argparse.Namespace, seed: int) -> dict[str, dict[str, Any]]:
+    """Returns every shown candidate's exact answers on fresh rows."""
+    sets = {
+        "task": fresh(found, (tasks.COMPARE,), options.fresh, seed),
+        "kept": fresh(found, KEPT, options.fresh // (2 * len(KEPT)), seed),
+        "never kept": fresh(found, NEVER, options.fresh // (2 * len(NEVER)), seed),
+    }
+    shown = ["base", "unedited", *([found.verdict.winner] if found.verdict.winner else [])]
+    families = ("strength", "newton_schulz", "module_strength", "continue")
+    tried = [name for name, one in found.candidates.items() if one.family in families and name in found.tried.names]
+    values = {name: {key: exact(found, found.candidates[name], rows) for key, rows in sets.items()} for name in shown}
+    floor = values[shown[-1]]["task"].mean()
+    for family in families:
+        names = [name for name in tried if found.candidates[name].family == family]
+        rivals = {name: exact(found, found.candidates[name], sets["task"]) for name in names}
+        able = [name for name in rivals if rivals[name].mean() >= floor]
+        sign = -1 if found.tried.split.skills.lower_is_better else 1
+        best = max(able, key=lambda name: sign * found.tried.split.scores[name].skills.mean(), default=None)
+        if best:
+            rest = {key: exact(found, found.candidates[best], sets[key]) for key in ("kept", "never kept")}
+            values[best] = {"task": rivals[best], **rest}
+    return values
+
+
+def one_run(options: argparse.Namespace, seed: int) -> dict[str, Any]:
+    """Returns one run's figures."""
+    folder = options.output / f"{options.scenario}-{seed}"
+    folder.mkdir(parents=True, exist_ok=True)
+    job = job_of(options, seed, folder)
+    start = time.perf_counter()
+    found = run(job, folder / "cache")
+    seconds = time.perf_counter() - start
+    values = scores(found, options, seed)
+    unedited, chosen = values["unedited"]["task"], values[found.verdict.winner or "unedited"]["task"]
+    wins, losses = int((chosen > unedited).sum()), int((chosen < unedited).sum())
+    return {
+        "seed": seed,
+        "winner": found.verdict.winner,
+        "sentence": found.verdict.sentence,
+        "seconds": seconds,
+        "times": found.times.spent,
+        "rows": {key: len(value) for key, value in values["unedited"].items()},
+        "task_bound": paired_proportions(wins, losses, len(chosen), confidence=0.9).low,
+        "error_rate": vars(found.verdict.error_rate) if found.verdict.error_rate else None,
+        "exact": {name: {key: float(v.mean()) for key, v in one.items()} for name, one in values.items()},
+    }
+
+
+def main() -> None:
+    """Runs the scenario and prints a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("build/benchmark-refine"))
+    parser.add_argument("--scenario", choices=("unseen", "seen", "nothing", "defect"), default="unseen")
+    parser.add_argument("--runs", type=int, default=10, help="whole runs, each with its own seed")
+    parser.add_argument("--seed", type=int, default=0, help="of the first run")
+    parser.add_argument("--rows", type=int, default=1200, help="unseen rows of the task that refine is given")
+    parser.add_argument("--keep", type=int, default=600, help="rows of other skills that refine is given")
+    parser.add_argument("--fresh", type=int, default=4000, help="fresh test rows of the task, and of other skills")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    results = []
+    for seed in range(options.seed, options.seed + options.runs):
+        result = one_run(options, seed)
+        results.append(result)
+        print(f"\nRun {seed}, {result['seconds']:.0f} s: {result['sentence']}")
+        lines = [[name, *(f"{100 * one[key]:.1f}" for key in one)] for name, one in result["exact"].items()]
+        print(table(["exact %", *result["rows"]], lines))
+        print(f"Lower 95 % bound of the task's change: {100 * result['task_bound']:+.2f} points", flush=True)
+        path = options.output / f"{options.scenario}.json"
+        path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
