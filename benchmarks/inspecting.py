@@ -96,7 +96,8 @@ def against_base(output: Path, repeats: int) -> None:
     without = measure(folder, repeats)
     found = measure(folder, repeats, "--base-weights", str(base))
     wall, cpu = (found[name] - without[name] for name in ("inside_s", "cpu_s"))
-    print(f"One layer of seven weights: {wall:.1f} s, CPU {cpu:.1f} s, memory {found['memory_mib']:.0f} MiB above torch.")
+    memory = found["memory_mib"]
+    print(f"One layer of seven weights: {wall:.1f} s, CPU {cpu:.1f} s, memory {memory:.0f} MiB above torch.")
     print(f"By arithmetic 32 layers: {32 * wall / 60:.0f} minutes, CPU {32 * cpu / 60:.0f} minutes.")
 
 

@@ -8,12 +8,13 @@ are run by :mod:`.code_execution`, equal ones once, so that variants that wrote 
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from spectral_surgery.adapter.saving import MANIFEST, check_output, write_folder
@@ -48,6 +49,8 @@ class Prepared:
     suite: Suite
     noise_floor: int = 0
     """How often the unedited adapter is scored again."""
+    vllm: Mapping[str, Any] | None = None
+    """What vLLM's engine takes beside; None for Transformers in this process."""
 
     @property
     def scorings(self) -> int:
@@ -125,6 +128,7 @@ def prepare(
     model: ModelOptions | None = None,
     *,
     noise_floor: int = 0,
+    vllm: str | None = None,
     output: Path | None = None,
     overwrite: bool = False,
 ) -> Prepared:
@@ -142,6 +146,8 @@ def prepare(
     found = [_attempt(check, faults) for check in checks]
     if noise_floor < 0:
         faults.append(f"--noise-floor is {noise_floor}; expected how often to score again.")
+    if vllm is not None and importlib.util.find_spec("vllm") is None:
+        faults.append("vLLM is not installed. Install it in an environment of its own, or use --backend hf.")
     combine(faults)
     candidates: Candidates = found[1]
     render = _lazy_renderer(candidates)
@@ -150,7 +156,15 @@ def prepare(
         candidates,
         prepare_suite(options, candidates.tokenizer, model_length=length, render=render),
         noise_floor,
+        None if vllm is None else _engine_settings(vllm),
     )
+
+
+def _engine_settings(text: str) -> dict[str, Any]:
+    """Returns what ``name=value,name=value`` means, as lm-evaluation-harness reads its model arguments."""
+    from lm_eval.utils import simple_parse_args_string
+
+    return dict(simple_parse_args_string(text))
 
 
 def _attempt(check: Callable[[], Any], faults: list[str]) -> Any:
@@ -173,6 +187,7 @@ def evaluate(
     *,
     model: ModelOptions | None = None,
     noise_floor: int = 0,
+    vllm: str | None = None,
     output: str | Path | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -185,6 +200,8 @@ def evaluate(
         suite: What is scored; by default the paper's four benchmarks at its settings.
         model: How the base model is loaded.
         noise_floor: How often the unedited adapter is scored again.
+        vllm: Generate with vLLM in place of Transformers, with these arguments of its engine, such as
+            ``tensor_parallel_size=2``; may be empty.
         output: Folder to write records, table and manifest to.
         overwrite: Replace a folder that spectral-surgery wrote.
         progress: Called with requests done and requests in all.
@@ -195,7 +212,7 @@ def evaluate(
     """
     names = [str(name) for name in (adapter, *against)]
     folder = Path(output) if output is not None else None
-    prepared = prepare(names, suite, model, noise_floor=noise_floor, output=folder, overwrite=overwrite)
+    prepared = prepare(names, suite, model, noise_floor=noise_floor, vllm=vllm, output=folder, overwrite=overwrite)
     found = evaluate_prepared(prepared, progress=progress)
     if folder is not None:
         found.save(folder, overwrite=overwrite)
@@ -205,15 +222,10 @@ def evaluate(
 def evaluate_prepared(prepared: Prepared, *, progress: Progress | None = None) -> Evaluation:
     """Returns the scores of every variant; loads the base model."""
     candidates, suite = prepared.candidates, prepared.suite
-    live, variants = load_variants(candidates)
-    total = prepared.scorings * sum(suite.requests.values())
-    done = _counted(progress, total)
-    records = score(live, variants, suite, done=done)
+    done = _counted(progress, prepared.scorings * sum(suite.requests.values()))
+    scored = _scored if prepared.vllm is None else _served
+    records = scored(prepared, done)
     unedited = candidates.unedited
-    for number in range(1, prepared.noise_floor + 1):
-        name = AGAIN.format(name=unedited, number=number)
-        size = another_size(suite.options.batch_size, number)
-        records += score(live, {name: variants[unedited]}, suite, batch_size=size, done=done)
     about = {
         "adapters": {name: source_record(adapter) for name, adapter in candidates.adapters.items()},
         "base_model": candidates.base_model,
@@ -221,8 +233,33 @@ def evaluate_prepared(prepared: Prepared, *, progress: Progress | None = None) -
         "suite": asdict(suite.options),
         "tasks": {name: _task_record(task) for name, task in suite.tasks.items()},
         "noise_floor": prepared.noise_floor,
+        "backend": "hf" if prepared.vllm is None else {"vllm": dict(prepared.vllm)},
     }
     return Evaluation(records, unedited, about)
+
+
+def _scored(prepared: Prepared, done: Callable[[], None]) -> list[Record]:
+    """Returns the records of all scorings by Transformers in this process."""
+    suite, unedited = prepared.suite, prepared.candidates.unedited
+    live, variants = load_variants(prepared.candidates)
+    records = score(live, variants, suite, done=done)
+    for number in range(1, prepared.noise_floor + 1):
+        again = {AGAIN.format(name=unedited, number=number): variants[unedited]}
+        size = another_size(suite.options.batch_size, number)
+        records += score(live, again, suite, batch_size=size, done=done)
+    return records
+
+
+def _served(prepared: Prepared, done: Callable[[], None]) -> list[Record]:
+    """Returns the records of all scorings by vLLM, after it has shown that it computes what Transformers does."""
+    from spectral_surgery.serving import probe, serve
+
+    suite, unedited = prepared.suite, prepared.candidates.unedited
+    probes = probe(prepared.candidates, suite)
+    with TemporaryDirectory() as folder:
+        lm, variants = serve(prepared.candidates, suite, Path(folder), prepared.vllm or {}, probes)
+        again = [AGAIN.format(name=unedited, number=number) for number in range(1, prepared.noise_floor + 1)]
+        return score_model(lm, variants | {name: variants[unedited] for name in again}, suite, done=done)
 
 
 def another_size(batch_size: int, number: int) -> int:
@@ -255,24 +292,28 @@ def score(
     Raises:
         RunError: If generated programs cannot be run.
     """
-    from spectral_surgery.harness import LiveModel, run
+    from spectral_surgery.harness import LiveModel
 
-    records: list[Record] = []
-    verdicts: dict[Program, Outcome] = {}
     size = batch_size or suite.options.batch_size
     with live.still():
         lm = LiveModel(live.model, live.tokenizer, batch_size=size, max_length=suite.max_length)
-        for name, open_variant in variants.items():
-            with ExitStack() as stack:
-                stack.enter_context(open_variant())
-                found, ledger = run(
-                    lm, suite.tasks, suite.settings, fewshot_seed=suite.options.fewshot_seed, done=done
-                )
-            for task, samples in found.items():
-                if task == "humaneval":
-                    samples = with_verdicts(samples, verdicts)
-                cut = [ledger.truncated(sample) for sample in samples]
-                records += from_samples(samples, variant=name, task=task, truncated=cut)
+        return score_model(lm, variants, suite, done=done)
+
+
+def score_model(lm: Any, variants: Variants, suite: Suite, *, done: Callable[[], None] | None = None) -> list[Record]:
+    """Returns the records of every variant of a language model of lm-evaluation-harness, as :func:`score` does."""
+    from spectral_surgery.harness import run
+
+    records: list[Record] = []
+    verdicts: dict[Program, Outcome] = {}
+    for name, open_variant in variants.items():
+        with open_variant():
+            found, ledger = run(lm, suite.tasks, suite.settings, fewshot_seed=suite.options.fewshot_seed, done=done)
+        for task, samples in found.items():
+            if task == "humaneval":
+                samples = with_verdicts(samples, verdicts)
+            cut = [ledger.truncated(sample) for sample in samples]
+            records += from_samples(samples, variant=name, task=task, truncated=cut)
     return records
 
 

@@ -8,7 +8,6 @@ of prompts does not notice changed data, few-shot seeds or generation settings.
 from __future__ import annotations
 
 import copy
-import json
 import random
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -33,21 +32,18 @@ class Ledger:
         self.done = done
         self.pending: deque[bool] = deque()
         self.cut: dict[str, bool] = {}
+        """By prompt."""
 
     def add_partial(self, kind: str, request: Any, answer: Any) -> None:
         """Notes a finished request; lm-evaluation-harness calls this once for each, in the order of a batch's rows."""
         if kind == "generate_until" and self.pending:
-            self.cut[_key(request)] = self.pending.popleft()
+            self.cut[request[0]] = self.pending.popleft()
         if self.done:
             self.done()
 
     def truncated(self, sample: Sample) -> bool:
         """Returns whether a sample's answer ended at the token limit."""
-        return any(self.cut.get(_key(request), False) for request in sample["arguments"])
-
-
-def _key(request: Any) -> str:
-    return json.dumps(request, sort_keys=True, default=str)
+        return any(self.cut.get(request[0], False) for request in sample["arguments"])
 
 
 class LiveModel(HFLM):

@@ -3,15 +3,15 @@
 An *intruder* (Shuttleworth et al., arXiv 2410.21228, and PEFT's ``intruders.py``) is one of the leading 10 output
 directions u of ``W + delta`` whose ``|cos|`` with every output direction ``u_j`` of W is under 0.5. Taken literally
 that needs all of W's singular vectors. What is asked, though, is only how large one of the numbers
-``c_j^2 = (u_j^T u)^2`` can be, and these are the masses of u's spectral measure by ``W W^T``, an atom of mass ``c_j^2``
-at every ``sigma_j^2``. The Lanczos process from u gives that measure's orthonormal polynomials ``p_0, p_1, ...``, and no
-measure with the same first moments has more mass than the Christoffel function
+``c_j^2 = (u_j^T u)^2`` can be, and these are the masses of u's spectral measure by ``W W^T``, an atom of mass
+``c_j^2`` at every ``sigma_j^2``. The Lanczos process from u gives that measure's orthonormal polynomials ``p_0``,
+``p_1``, ..., and no measure with the same first moments has more mass than the Christoffel function
 
     1 / (p_0(x)^2 + ... + p_m(x)^2)
 
-in one point x (Szegö, Orthogonal Polynomials, section 3.41; Golub and Meurant, Matrices, Moments and Quadrature, 2010).
-So after m products with ``W W^T`` the largest value of this function bounds every ``c_j^2`` from above, and a Ritz vector
-that has converged bounds the largest from below. Directions that neither bound decides are counted apart.
+in one point x (Golub and Meurant, Matrices, Moments and Quadrature, 2010).
+So after m products with ``W W^T`` the largest value of this function bounds every ``c_j^2`` from above, and a Ritz
+vector that has converged bounds the largest from below. Directions that neither bound decides are counted apart.
 
 Directions of W whose singular value is under :data:`NEGLIGIBLE` of its largest are not taken for its own, unlike in
 PEFT: one of those that stands at the top of ``W + delta`` is the update's doing, and a tall W has a null space that is
@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -124,9 +125,7 @@ class Lanczos:
         return alpha[:end], beta[:end]
 
 
-def _bounds(
-    alpha: Float[np.ndarray, " m"], beta: Float[np.ndarray, " m"], floor: float
-) -> tuple[float, float]:
+def _bounds(alpha: Float[np.ndarray, " m"], beta: Float[np.ndarray, " m"], floor: float) -> tuple[float, float]:
     """Returns a lower and an upper bound of the largest |cos| with a direction of W above the floor."""
     ritz, vectors = np.linalg.eigh(np.diag(alpha) + np.diag(beta[:-1], 1) + np.diag(beta[:-1], -1))
     masses = vectors[0] ** 2
@@ -147,7 +146,7 @@ def _grid(ritz: Float[np.ndarray, " m"]) -> Float[np.ndarray, " points"]:
     """Points around every Ritz value, up to half the way to the next one."""
     middles = (ritz[1:] + ritz[:-1]) / 2
     edges = np.concatenate([ritz[:1], middles, ritz[-1:]])
-    return np.concatenate([np.linspace(low, high, GRID) for low, high in zip(edges, edges[1:], strict=False)])
+    return np.concatenate([np.linspace(low, high, GRID) for low, high in pairwise(edges)])
 
 
 def _christoffel(

@@ -342,7 +342,8 @@ def weights(found: WeightComparison) -> Figure | None:
             for axis, values in zip(axes, (study.ratio, study.output_by_index, study.output_best), strict=True):
                 axis.plot(np.arange(1, len(values) + 1), values, **ink)
         axes[0].axhline(1, color="0.4", linestyle="--", linewidth=0.6)
-        for axis, chance in zip(axes[1:], (studies[0].output_by_chance, studies[0].output_best_by_chance), strict=True):
+        chances = (studies[0].output_by_chance, studies[0].output_best_by_chance)
+        for axis, chance in zip(axes[1:], chances, strict=True):
             axis.axhline(chance.mean, color="0.4", linestyle="--", linewidth=0.6)
             axis.set_ylim(0, 1.04)
         axes[0].set_title(group.name)

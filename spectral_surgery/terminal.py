@@ -35,7 +35,8 @@ def render(inspections: Sequence[Inspection], *, modules: bool | None = None) ->
 
 def render_weights(found: WeightComparison) -> str:
     """Returns what moved in a fine-tuned model's weights as text."""
-    header = ["kind", "change by layer", "change", "S x", "last S x", "|cos| by index", "mean", "chance", "best", "chance", "new"]
+    header = ["kind", "change by layer", "change", "S x", "last S x"]
+    header += ["|cos| by index", "mean", "chance", "best", "chance", "new"]
     rows = []
     for group in found.groups:
         studies = [found.studies[path] for path in group.paths]
@@ -60,8 +61,8 @@ def render_weights(found: WeightComparison) -> str:
     return (
         f"{found.after} against {found.before}: {len(found.studies)} weights.{missing}\n\n"
         f"{table(header, rows, left=2)}\n"
-        f"S x: largest singular value, and the last that was looked at, over those before. |cos|: of output directions "
-        f"with\nthose of the same index, and with the best partner. new: of the first ten, those near to none before."
+        f"S x: largest singular value, and the last that was looked at, over those before. |cos|: of output\n"
+        f"directions with those of the same index, and with the best partner. new: of the first ten, those near none."
     )
 
 

@@ -147,7 +147,7 @@ def _near(before: Known, U: Float[Tensor, "out n"]) -> Nearness:
     """Returns how near directions are to any of a weight's own: exactly where all of these are known."""
     W, old = before.matrix.W, before.triples
     largest = float(old.S[0]) if len(old.S) else 0.0
-    own = old.U[:, (old.S >= NEGLIGIBLE * largest) & (old.S > 0)]
+    own = old.U[:, (old.S > 0) & (NEGLIGIBLE * largest <= old.S)]
     best = (own.T @ U).abs().cpu().double().numpy().max(0, initial=0.0)
     if len(old.S) == min(W.shape) or not largest:
         return Nearness(best, best)
@@ -178,9 +178,7 @@ def compare(old: Triples, new: Triples, near: Nearness) -> WeightStudy:
     )
 
 
-def leading_triples(
-    matrix: Changed, n: int, *, start: Float[Tensor, "in m"] | None = None, seed: int = 0
-) -> Triples:
+def leading_triples(matrix: Changed, n: int, *, start: Float[Tensor, "in m"] | None = None, seed: int = 0) -> Triples:
     """Returns the leading n singular triples, dense where small, else by block Krylov iteration with restarts.
 
     Args:

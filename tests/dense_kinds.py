@@ -1,4 +1,4 @@
-"""The update of every kind of adapter, written out densely from the tensors of its file, and put into the base's weights.
+"""The update of every kind of adapter, written out densely from its file and put into the base model's weights.
 
 From the definition of each kind; nothing is shared with the package.
 """

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import html
 import json
+import re
+import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from test_page import BROWSER, WATCH, References
 from test_weights import weight
 
 from spectral_surgery import page, plots
@@ -88,3 +92,46 @@ def test_the_figure_has_a_line_a_layer_and_the_chance_level(found: WeightCompari
     np.testing.assert_allclose(top.lines[0].get_ydata(), [1.5, 1, 1, 1], rtol=1e-5)
     chance = found.studies["model.layers.0.self_attn.q_proj"].output_best_by_chance.mean
     assert best.lines[-1].get_ydata()[0] == pytest.approx(chance)
+
+
+HOVER = """<script>
+addEventListener("load", () => {
+  const hover = (id, mark) => {
+    const shape = document.querySelectorAll(`#${id} ${mark}`)[2];
+    shape.dispatchEvent(new PointerEvent("pointerenter", {clientX: 9, clientY: 9}));
+    return document.getElementById("tip").textContent;
+  };
+  document.getElementById("figure").value = "input_best";
+  document.getElementById("figure").dispatchEvent(new Event("change"));
+  seen.told = [hover("map", ".cell"), hover("ratio", ".dot"), hover("cosine", ".dot")];
+  seen.ready = document.body.dataset.ready;
+  seen.wide = document.documentElement.scrollWidth > innerWidth;
+  const told = document.createElement("pre");
+  told.id = "seen";
+  told.textContent = JSON.stringify(seen);
+  document.body.append(told);
+});
+</script>"""
+
+
+def test_the_page_refers_to_nothing_outside_itself(found: WeightComparison) -> None:
+    parser = References()
+    parser.feed(page.render_weights(found))
+    assert (parser.found, parser.scripts) == (["data:,"], 2)
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome on this machine to open the page in")
+def test_in_a_browser_the_page_draws_and_answers_to_hovering(found: WeightComparison, tmp_path: Path) -> None:
+    text = page.render_weights(found).replace("<head>", f"<head>{WATCH}").replace("</body>", f"{HOVER}</body>")
+    (tmp_path / "page.html").write_text(text, encoding="utf-8")
+    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"]
+    command = [str(BROWSER), *options, "--virtual-time-budget=10000", (tmp_path / "page.html").as_uri()]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    told = re.search(r'<pre id="seen">(.*?)</pre>', run.stdout, re.DOTALL)
+    assert told, run.stderr[-2000:]
+    seen = json.loads(html.unescape(told[1]))
+    assert seen["errors"] == seen["blocked"] == []
+    assert (seen["ready"], seen["wide"]) == ("yes", False)
+    assert "size of the change" in seen["told"][0]
+    assert "before" in seen["told"][1]
+    assert "chance" in seen["told"][2]

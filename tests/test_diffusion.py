@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from safetensors.torch import load_file
 from spectral_surgery import Adapter, Selection, edit, export, policies
 from spectral_surgery.adapter.block_names import dotted
 from spectral_surgery.cli import main
-from spectral_surgery.errors import AdapterError, OutputError
+from spectral_surgery.errors import AdapterError, OutputError, RunError
 from spectral_surgery.inspecting import inspect, read, to_json
 from spectral_surgery.terminal import render
 
@@ -287,6 +288,23 @@ def test_a_file_is_overwritten_only_if_it_is_ours_and_the_source_never(source: P
     export(adapter, "rank=3", out, overwrite=True)
     assert header(out)["ss_network_dim"] == "3"
     assert {path.name for path in tmp_path.iterdir()} == {source.name, other.name, out.name}
+
+
+def test_a_failure_while_a_file_is_written_leaves_the_old_one(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out.safetensors"
+    export(Adapter.load(source), "rank=2", out)
+    before = out.read_bytes()
+
+    def fails(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", fails)
+    with pytest.raises(RunError, match=r"No space left on device\)\. Nothing was changed there"):
+        export(Adapter.load(source), "rank=3", out, overwrite=True)
+    assert out.read_bytes() == before
+    assert {path.name for path in tmp_path.iterdir()} == {source.name, out.name}
 
 
 def test_a_file_is_as_good_as_a_folder_on_the_command_line(

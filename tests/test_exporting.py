@@ -117,6 +117,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
+def test_an_update_that_is_relative_to_loftq_s_base_has_no_portable_form(tmp_path: Path) -> None:
+    saved(tmp_path / "source")
+    changed = json.dumps({**raw(tmp_path / "source"), "init_lora_weights": "loftq"})
+    (tmp_path / "source" / "adapter_config.json").write_text(changed, encoding="utf-8")
+    with pytest.raises(AdapterError, match="no portable form: init_lora_weights is 'loftq'"):
+        export(Adapter.load(tmp_path / "source"), "portable", tmp_path / "out")
+
+
 @pytest.mark.parametrize(("changes", "reason"), REFUSED.values(), ids=REFUSED)
 def test_what_servers_do_not_all_read_has_no_portable_form(
     changes: dict[str, Any], reason: str, tmp_path: Path

@@ -143,6 +143,7 @@ def test_a_quantised_base_is_refused_before_weights_load(tmp_path: Path, monkeyp
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
+        ({"task_type": "SEQ_CLS"}, r"The adapter's task is SEQ_CLS, and only models that generate text are merged"),
         ({"lora_bias": True}, r"PEFT cannot merge this adapter: .*base layer has no bias\. Serve it beside"),
         (
             {"alora_invocation_tokens": [5]},

@@ -22,7 +22,7 @@ def dense(W: Tensor, delta: LowRank) -> np.ndarray:
     """|cos| of the first ten output directions of W + delta with the nearest of W's own, by two dense SVDs."""
     U, S, _ = torch.linalg.svd(W, full_matrices=False)
     changed = torch.linalg.svd(W + delta.scale * delta.B @ delta.A, full_matrices=False)[0][:, :10]
-    return (U[:, S >= NEGLIGIBLE * S[0]].T @ changed).abs().max(0).values.numpy()
+    return (U[:, NEGLIGIBLE * S[0] <= S].T @ changed).abs().max(0).values.numpy()
 
 
 def found_in(W: Tensor, delta: LowRank) -> Nearness:
@@ -62,7 +62,7 @@ def test_directions_of_a_tall_weight_s_null_space_are_intruders() -> None:
 
 
 def test_the_bound_is_attained_by_a_measure_of_few_atoms() -> None:
-    """u = sum of three directions of W: after three products the measure is known whole."""
+    """A sum of three directions of W: after three products the measure is known whole."""
     W = weight(40, 50)
     U, S, _ = torch.linalg.svd(W, full_matrices=False)
     share = torch.tensor([0.7, 0.2, 0.1], dtype=torch.float64)

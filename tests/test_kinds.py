@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from kind_errors import DTYPES, Stored, batch_of, sensitivity_error
+from kind_errors import DTYPES, Stored, batch_of, relative, sensitivity_error
 from kinds import CASES, of_tokens
 from safetensors.torch import load_file
 
@@ -25,7 +25,7 @@ from spectral_surgery.surgery import operate
 EXACT = 3e-6
 """Relative error of logits between two ways of computing in float32."""
 ROUNDED = 4e-2
-"""The same where an edited factor was rounded to bfloat16."""
+"""The same where factors were rounded to bfloat16."""
 
 
 @pytest.fixture(scope="module")
@@ -48,11 +48,14 @@ def raw(folder: Path) -> dict[str, tuple[torch.dtype, tuple[int, ...], bytes]]:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", CASES)
 def test_file_live_gates_and_dense_formula_agree(name: str, dtype: str, stored) -> None:
-    errors = stored(name, dtype).errors()
+    one = stored(name, dtype)
+    errors, allowed = one.errors(), EXACT
+    if dtype == "bfloat16":  # of the order of what rounding the unedited factors costs
+        allowed = 3 * relative(one.by_peft(), stored(name, "float32").by_peft())
     assert errors["effect"] > 0.1
     assert errors["identity"] < EXACT
-    assert errors["gates"] < (EXACT if dtype == "float32" else ROUNDED)
-    assert errors["live"] < (EXACT if dtype == "float32" else ROUNDED)
+    assert errors["gates"] < allowed
+    assert errors["live"] < allowed
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -294,6 +294,20 @@ def test_one_pair_an_expert_is_edited_as_a_file_and_refused_on_a_model_that_fuse
         check_fits(per_expert({"use_rslora": True}), kinds.qwen_moe().config)
 
 
+@pytest.mark.parametrize("dora", [False, True])
+def test_other_active_adapters_are_named_and_refused_beside_dora(dora: bool, caplog: pytest.LogCaptureFixture) -> None:
+    model = CASES["dora" if dora else "linear"].adapted()
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"], use_dora=dora))
+    adapter = Adapter.from_model(model)
+    model.base_model.set_adapter(["default", "other"])
+    if dora:
+        with pytest.raises(BaseModelError, match=r"other are active beside 'default', and DoRA's row norms"):
+            Live(model, adapter)
+    else:
+        Live(model, adapter)
+        assert "Adapters other are active as well" in caplog.text
+
+
 def test_files_are_not_changed_by_reading(tmp_path: Path) -> None:
     CASES["experts"].adapted().save_pretrained(tmp_path)
     before = load_file(tmp_path / "adapter_model.safetensors")

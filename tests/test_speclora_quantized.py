@@ -129,3 +129,40 @@ def test_a_fresh_process_computes_the_same_on_the_4_bit_base(folder: tuple[Any, 
     run = fresh(tmp_path, "import spectral_surgery.speclora", "nf4")
     assert run.returncode == 0, run.stderr
     torch.testing.assert_close(torch.load(tmp_path / "there.pt"), logits(model), rtol=0, atol=1e-6)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="trl is not installed (extra trl)")
+def test_the_trainer_of_trl_trains_and_saves_on_the_4_bit_base(folder: tuple[Any, str], tmp_path: Path) -> None:
+    """The trainer stores factors in bfloat16 and computes in it; loaded again they compute in float32."""
+    if folder[1] != "nf4":
+        pytest.skip("the trainer is run on nf4 alone")
+    from datasets import Dataset
+    from peft import PeftModel
+    from trl import SFTConfig, SFTTrainer
+
+    arguments = SFTConfig(
+        output_dir=str(tmp_path / "run"),
+        max_steps=3,
+        per_device_train_batch_size=4,
+        learning_rate=1e-2,
+        report_to="none",
+        save_strategy="no",
+        use_cpu=True,
+        bf16=False,
+        disable_tqdm=True,
+    )
+    rows = [{"prompt": row["prompt"], "completion": " " + row["answer"]} for row in tiny.rows()]
+    trainer = SFTTrainer(
+        model=load(folder),
+        args=arguments,
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tiny.tokenizer(),
+        peft_config=config(),
+    )
+    trainer.train()
+    trainer.save_model(str(tmp_path / "adapter"))
+    for path, layer in layers(trainer.model).items():
+        assert (layer.lora_spec["default"].delta != 0).any(), path
+        assert layer.lora_spec["default"].delta.dtype == torch.float32
+    there = PeftModel.from_pretrained(load(folder), tmp_path / "adapter").eval()
+    torch.testing.assert_close(logits(there), logits(trainer.model.eval()), rtol=0, atol=2e-2)

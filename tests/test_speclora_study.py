@@ -81,7 +81,7 @@ def test_ia3_is_all_rows_of_keys_values_and_the_up_projection() -> None:
         (["--seeds", "1"], r"--seeds is 1, expected 2 or more"),
         (["--k", "4"], r"--k is 4, expected two different numbers"),
         (["--k", "4", "4"], r"--k is 4 4, expected two different numbers"),
-        (["--steps", "0", "--learning-rate", "-1"], r"(?s)--steps is 0.*--learning-rate is -1\.0"),
+        (["--steps", "0", "--learning-rate", "-1"], r"--steps is 0.*--learning-rate is -1\.0"),
     ],
     ids=str,
 )
@@ -117,7 +117,7 @@ def test_a_whole_study_prints_every_variant_and_every_comparison(tmp_path: Path)
     tiny.tokenizer().save_pretrained(tmp_path)
     options = Ablation(k=(2, 4), seeds=2, steps=2, batch_size=4, rank=2)
     seen: list[tuple[int, int]] = []
-    text = study(str(tmp_path), examples(0, 8), examples(20, 5), options, lambda done, total: seen.append((done, total)))
+    text = study(str(tmp_path), examples(0, 8), examples(20, 5), options, lambda *step: seen.append(step))
     lines = text.splitlines()
     for name in variants(options):
         assert any(line.startswith(name) for line in lines)

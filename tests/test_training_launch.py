@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import tiny
 from peft import PeftModel
-from test_training_runs import base, options, points, weights
+from test_training_runs import base, options, points, slow, weights
 from transformers import AutoModelForCausalLM
 
 from spectral_surgery.cli import main, parse
@@ -115,7 +115,7 @@ def test_two_processes_have_the_loss_curve_of_one(base: Path) -> None:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
-@pytest.mark.parametrize("method", ["lora", "dora", "speclora"])
+@pytest.mark.parametrize("method", ["lora", *map(slow, ("dora", "speclora"))])
 def test_a_quantised_base_is_trained_in_float32_factors(method: Any, base: Path) -> None:
     wide = tiny.llama(hidden_size=64, intermediate_size=128)
     wide.save_pretrained(base)

@@ -25,6 +25,11 @@ from spectral_surgery.training.running import train
 ROWS = tiny.rows(8)
 
 
+def slow(method: str) -> Any:
+    """A method that is tried where there is time."""
+    return pytest.param(method, marks=pytest.mark.slow)
+
+
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
     """A tiny base model on disk, with eight rows beside it."""
@@ -137,7 +142,7 @@ def logits(model: Any) -> torch.Tensor:
         return model.eval()(tiny.batch()["input_ids"]).logits
 
 
-@pytest.mark.parametrize("method", ["lora", "rslora", "dora", "pissa", "loraplus", "speclora"])
+@pytest.mark.parametrize("method", ["lora", "pissa", *map(slow, ("rslora", "dora", "loraplus", "speclora"))])
 def test_an_adapter_loads_in_stock_peft_and_computes_what_was_trained(
     method: Any, base: Path, before_saving: list[torch.Tensor]
 ) -> None:
@@ -204,7 +209,7 @@ def stopped_after(step: int) -> Callable[[int, int], None]:
     return progress
 
 
-@pytest.mark.parametrize("method", ["lora", "pissa", "speclora"])
+@pytest.mark.parametrize("method", ["lora", *map(slow, ("pissa", "speclora"))])
 def test_a_resumed_training_ends_where_one_without_a_break_does(method: Any, base: Path) -> None:
     schedule = {"global_batch": 4}
     (whole,) = train(options(base, "whole", adapter={"method": method}, schedule=schedule))

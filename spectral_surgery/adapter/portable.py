@@ -109,6 +109,8 @@ def portability_faults(
     for field, reason in UNPORTABLE.items():
         if raw.get(field):
             yield f"{field} is switched on: {reason}. Export it with --to merged."
+    if raw.get("init_lora_weights") == "loftq":
+        yield "init_lora_weights is 'loftq': PEFT alone replaces the base by LoftQ's. Export it with --to merged."
     if raw.get("bias", "none") != "none":
         yield f"bias is {raw['bias']!r}, and trained biases are no LoRA. Export it with --to merged."
     factors = {name for one in stored.values() for name in one.names.values()}

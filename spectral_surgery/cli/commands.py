@@ -50,7 +50,7 @@ class OfAdapter(Command):
     """A command that reads one adapter."""
 
     adapter: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="ADAPTER")]
-    """Adapter folder or Hub id."""
+    """Adapter folder or Hub id, or a kohya or diffusers .safetensors file."""
     adapter_revision: str | None = None
     """Branch, tag or commit of the adapter's Hub repository."""
     subfolder: str | None = None

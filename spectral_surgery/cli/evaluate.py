@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -31,6 +31,11 @@ class Evaluate(Command):
     """Other adapters of the same base, such as the unedited one."""
     suite: SuiteOptions = field(default_factory=SuiteOptions)
     model: ModelOptions = field(default_factory=ModelOptions)
+    backend: Literal["hf", "vllm"] = "hf"
+    """Transformers in this process, or vLLM with a LoRA request for each adapter, once it has shown that it computes
+    the same."""
+    vllm_args: str = ""
+    """What vLLM's engine takes, such as tensor_parallel_size=2,gpu_memory_utilization=0.9."""
     noise_floor: int = 0
     """Score the unedited adapter this many times more, and print the spread that a gain must beat."""
     output: Path | None = None
@@ -47,7 +52,13 @@ class Evaluate(Command):
         names = [self.adapter, *self.against]
         output = self.output or Path(f"{Path(self.adapter).name}-evaluation")
         prepared = prepare(
-            names, self.suite, self.model, noise_floor=self.noise_floor, output=output, overwrite=self.overwrite
+            names,
+            self.suite,
+            self.model,
+            noise_floor=self.noise_floor,
+            vllm=self.vllm_args if self.backend == "vllm" else None,
+            output=output,
+            overwrite=self.overwrite,
         )
         self._say(prepared)
         if self.dry_run:

@@ -28,7 +28,7 @@ class Inspect(Command):
     """
 
     adapters: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="ADAPTER...")]
-    """Adapter folders or Hub ids."""
+    """Adapter folders, Hub ids, or kohya or diffusers .safetensors files."""
     subfolder: str | None = None
     """Where inside the folder or repository the adapter lies."""
     adapter_revision: str | None = None

@@ -40,13 +40,13 @@ class SpecLora(Command):
         own = [self.base_model, self.train_data, self.test_data]
         if any(own) and not all(own) and not self.weights_only:
             raise InputError("--base-model, --train-data and --test-data go together. Pass all three or none.")
-        self.ablation.check()
         base_model = self.base_model or str(world() / "base")
         if self.weights_only:
             from spectral_surgery.speclora.geometry import row_geometry
 
             print(row_geometry(base_model, self.ablation.target_modules, self.ablation.k))
             return
+        self.ablation.check()
         from spectral_surgery.speclora.study import study
 
         train, test = self._rows(base_model)

@@ -24,7 +24,7 @@ from spectral_surgery.refining.options import RefineOptions
 from spectral_surgery.report import summary, unavailable
 
 TASK = ("calibration", "validation", "test")
-SKILLS = ("skills", "skills_test")
+SKILLS = ("skills",)
 OPTIONS = {"objective": "exact", "ladder": "paper"}
 
 

@@ -86,6 +86,11 @@ def prepare(adapter: Adapter, options: ModelOptions, data: str | None) -> Plan:
     """
     if options.load_in_4bit or options.load_in_8bit:
         raise BaseModelError(QUANTISED)
+    if adapter.config.task_type not in (None, "CAUSAL_LM"):
+        raise BaseModelError(
+            f"The adapter's task is {adapter.config.task_type}, and only models that generate text are merged and "
+            f"compared here. Load the model with PEFT and call merge_and_unload."
+        )
     config = loading.load_config(adapter, options)
     if quantization := getattr(config, "quantization_config", None):
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method

@@ -100,5 +100,6 @@ def _names(paths: list[str]) -> list[str]:
         place = next((i for i, part in enumerate(parts) if part.isdigit()), None)
         if place:
             numbers.setdefault(parts[place - 1], []).append(int(parts[place]))
-    blocks = [f"{name}.{min(found)} to {name}.{max(found)}" for name, found in numbers.items()]
+    ranges = {name: sorted({min(found), max(found)}) for name, found in numbers.items()}
+    blocks = [" to ".join(f"{name}.{number}" for number in ends) for name, ends in ranges.items()]
     return [*blocks, *sorted({kind(path) for path in paths})]

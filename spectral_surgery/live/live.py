@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import cached_property, partial
@@ -28,6 +29,8 @@ else:
     PeftModel = Any
 
 ABSENT = object()
+
+log = logging.getLogger(__name__)
 
 
 class Live:
@@ -66,6 +69,7 @@ class Live:
             for place in self.adapter.stored[path].places
         ]
         self._check_held()
+        self._check_others()
 
     @cached_property
     def spectra(self) -> dict[str, Spectrum]:
@@ -92,7 +96,9 @@ class Live:
             entry = self.model.get_input_embeddings()
         except (AttributeError, NotImplementedError):  # not every model has token embeddings
             entry = None
-        weight = next(self.model.parameters()) if entry is None else entry.weight
+        weight = getattr(entry, "weight", None)
+        if weight is None:
+            return next(self.model.parameters()).device
         if weight.is_meta:  # offloaded: accelerate brings it to where it is used
             inner = entry.get_base_layer() if hasattr(entry, "get_base_layer") else entry
             hook = getattr(inner, "_hf_hook", None)
@@ -192,6 +198,17 @@ class Live:
             raise BaseModelError(f"{path}: adapter {name!r} is not active. Call set_adapter first.")
         SEATS[place.seat].check(layer, path)
         return layer
+
+    def _check_others(self) -> None:
+        """Says which other adapters are active, which everything here then includes."""
+        others = {name for _, _, layer in self._layers for name in layer.active_adapters} - {self.adapter_name}
+        if others and any(place.seat == "dora" for _, place, _ in self._layers):
+            raise BaseModelError(
+                f"Adapters {', '.join(sorted(others))} are active beside {self.adapter_name!r}, and DoRA's row norms "
+                f"cannot be told apart then. Activate one: model.set_adapter({self.adapter_name!r})."
+            )
+        if others:
+            log.warning("Adapters %s are active as well; every loss includes them.", ", ".join(sorted(others)))
 
     def _check_held(self) -> None:
         """Checks that the model holds the adapter's own tensors, where they are in memory."""

@@ -43,7 +43,8 @@ def render_weights(found: WeightComparison) -> str:
         InputError: If jinja2 is not installed.
     """
     kinds = [{"name": group.name, "paths": group.paths, "layers": group.layers} for group in found.groups]
-    return _page("weights", f"{found.after}: its weights against {found.before}", short(to_json(found) | {"groups": kinds}))
+    title = f"{found.after}: its weights against {found.before}"
+    return _page("weights", title, short(to_json(found) | {"groups": kinds}))
 
 
 def _page(name: str, title: str, data: Any) -> str:

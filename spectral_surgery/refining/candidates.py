@@ -19,6 +19,7 @@ from spectral_surgery import policies
 from spectral_surgery.adapter import Adapter
 from spectral_surgery.claims import Contender
 from spectral_surgery.live import Live
+from spectral_surgery.manifest import source_record
 from spectral_surgery.measurement import Measurement
 from spectral_surgery.policies import Gates
 from spectral_surgery.refining.steps import Pull, along, one_step, only_sure, scaled
@@ -103,7 +104,7 @@ def _edited(adapter: Adapter, gates: Gates) -> Adapter:
 def in_float32(adapter: Adapter) -> Adapter:
     """Returns the adapter with its factors stored in float32."""
     tensors = {name: value.float() if "lora_" in name else value for name, value in adapter.tensors.items()}
-    return replace(adapter, tensors=tensors)
+    return replace(adapter, tensors=tensors, edited_from=adapter.edited_from or source_record(adapter))
 
 
 @contextmanager

@@ -82,6 +82,11 @@ def task_rows(
     splits = split_examples(rows, (measuring, validation, 0), options.seed)
     used = {row.digest for row in (*splits.calibration, *splits.validation)}
     test = [row for row in hash_order(rows, options.seed) if row.digest not in used]
+    if not test:
+        raise DataError(
+            f"{source} has {len({row.group for row in rows})} groups of rows that belong together, and none is left to "
+            f"test on. Pass rows of more groups, or another --group-column."
+        )
 
     def as_rows(examples: Sequence[Example]) -> Rows:
         return Rows(examples, tokenize(examples, tokenizer, options.max_length))

@@ -184,7 +184,7 @@ def _random(
     """
     if not count or not shuffled(winner.gates, evidence.task):
         return None
-    part = ready.test.first(48, 32)
+    part = ready.test.first(32, 24)
     bench = replace(
         ready.bench,
         task=answer_loss_objective(ready.job.batching),

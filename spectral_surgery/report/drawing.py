@@ -96,8 +96,8 @@ def _limit(svg: ElementTree.Element, picture: Picture, frame: Box) -> None:
     _add(svg, "rect", x=left, y=top, width=max(0.0, x - left), height=height, fill="#f3f1ec", opacity=0.75)
     _add(svg, "path", d=f"M{x:.1f} {top:.1f}V{top + height:.1f}", stroke="#8d7f62", stroke_dasharray="5 4")
     room = x - left > LIMIT
-    place = (x - 6, "end") if room else (x + 6, "start")
-    _text(svg, place[0], top + height - 8, picture.limit_label, anchor=place[1], cls="limit")
+    end, anchor = (x - 6, "end") if room else (x + 6, "start")
+    _text(svg, end, top + height - 8, picture.limit_label, anchor=anchor, cls="limit")
 
 
 def _bars(svg: ElementTree.Element, point: Point, at: Place) -> None:

@@ -132,13 +132,14 @@ def _labels(figure: Figure, axis: Axes, drawn: Picture) -> None:
     at = axis.transData.transform
     blocked: list[Box] = []
     if drawn.limit is not None:
+        room = drawn.share(0, drawn.limit) > 0.2
         where: Any = {
             "xycoords": axis.get_xaxis_transform(),
             "textcoords": "offset points",
-            "ha": "right",
+            "ha": "right" if room else "left",
             "fontsize": 7,
         }
-        limit = axis.annotate(drawn.limit_label, (drawn.limit, 0.02), (-3, 0), color="#75684d", **where)
+        limit = axis.annotate(drawn.limit_label, (drawn.limit, 0.02), (-3 if room else 3, 0), color="#75684d", **where)
         middle = float(at((drawn.limit, drawn.spans[1][0]))[0])
         blocked = [_box(limit.get_window_extent()), (middle - 1, axis.bbox.y0, 2.0, axis.bbox.height)]
     half = 5.5

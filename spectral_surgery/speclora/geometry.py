@@ -52,8 +52,10 @@ def row_geometry(base_model: str, target_modules: Sequence[str], counts: Sequenc
         counts: Values of k.
 
     Raises:
-        InputError: If no module has more rows than the smallest k, or the model cannot be loaded.
+        InputError: If a k is under 1, no module has more rows than the smallest k, or the model cannot be loaded.
     """
+    if min(counts, default=0) < 1:
+        raise InputError(f"--k is {' '.join(map(str, counts)) or 'empty'}, expected numbers from 1 on.")
     from transformers import AutoModelForCausalLM
 
     try:

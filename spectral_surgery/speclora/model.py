@@ -44,8 +44,8 @@ class SpecLoraModel(LoraModel):
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         if _sharded(base):
             raise BaseModelError(
-                f"{kwargs['target_name']} is split over devices by tensor parallelism, where a row has another number on "
-                f"each, and SpecLoRA does not take that into account. Load the base model without tp_plan."
+                f"{kwargs['target_name']} is split over devices by tensor parallelism, where a row has another number "
+                f"on each, and SpecLoRA does not take that into account. Load the base model without tp_plan."
             )
         kind = _layer_class(base)
         if kind is None:

@@ -55,6 +55,11 @@ def _read_mica(config: AdapterConfig, module: Module) -> dict[str, Stored]:
     }
 
 
+def _read_sampled(config: AdapterConfig, module: Module) -> dict[str, Stored]:
+    """Returns the update; the sampler's tensors have its rank, so its factors cannot get another one."""
+    return {path: replace(one, names={}) for path, one in read(config, module).items()}
+
+
 MICA = Kind(
     name="MiCA",
     claims=_claims_mica,
@@ -87,7 +92,7 @@ VELORA = Kind(
 MONTECLORA = Kind(
     name="MonteCLoRA",
     claims=switched_on("monteclora_config"),
-    read=read,
+    read=_read_sampled,
     faults=faults,
     formula="s B A",
     edits="lora_B",

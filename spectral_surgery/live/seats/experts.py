@@ -61,7 +61,8 @@ def attach(sites: list[Site], gating: Gating, stack: ExitStack) -> None:
             return (delta - gone[0]).to(delta.dtype)
         return without(delta, gone if upright else gone.mT)
 
-    product, factors = layer.get_delta_weight, getattr(layer, "get_delta_factors", None)
+    product: Any = layer.get_delta_weight
+    factors: Any = getattr(layer, "get_delta_factors", None)  # PEFT 0.21 and later
     override(layer, "get_delta_weight", get_delta_weight, stack)
-    if factors:  # PEFT 0.21 and later
+    if factors:
         override(layer, "get_delta_factors", get_delta_factors, stack)
