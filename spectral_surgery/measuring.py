@@ -247,7 +247,7 @@ def measure_live(
     order: list[int] = []
     parts: list[_Part] = []
     with live.still(checkpointing=checkpointing):
-        together = True
+        together = total == len(batches) or not _indivisible(live)
         for batch in batches:
             part, together = _measured(live, batch, loss, together)
             order += _indices(batch, len(order))
@@ -278,6 +278,12 @@ class _Part:
             {path: np.concatenate([part.gradients[path] for part in parts]) for path in parts[0].gradients},
             {path: np.concatenate([part.energies[path] for part in parts]) for path in parts[0].energies},
         )
+
+
+def _indivisible(live: Live) -> bool:
+    if reason := live.indivisible:
+        log.warning("Measuring one example at a time: %s.", reason)
+    return reason is not None
 
 
 def _measured(live: Live, batch: Any, loss: Loss, together: bool) -> tuple[_Part, bool]:

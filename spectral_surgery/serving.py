@@ -31,6 +31,7 @@ from spectral_surgery.errors import RunError
 from spectral_surgery.exporting.job import export
 from spectral_surgery.harness import Ledger
 from spectral_surgery.live import Live
+from spectral_surgery.selection import kind
 from spectral_surgery.suite import Suite
 from spectral_surgery.variants import BASE, Candidates, Variants, load_variants
 
@@ -157,7 +158,8 @@ def serve(
     """
     named = list(enumerate(candidates.adapters.items(), 1))
     folders = {name: export(adapter, "portable", folder / f"variant_{i}").output for i, (name, adapter) in named}
-    rank = max(max(update.A.shape[0] for update in Adapter.load(path).updates.values()) for path in folders.values())
+    updates = [Adapter.load(path).updates for path in folders.values()]
+    rank = max(update.A.shape[0] for several in updates for update in several.values())
     lm = ServedModel(
         pretrained=candidates.base_model,
         tokenizer=str(candidates.tokenizer.name_or_path),
@@ -166,6 +168,8 @@ def serve(
         batch_size=ALL,
         enable_lora=True,
         max_lora_rank=next(most for most in RANKS if most >= rank),
+        # Else the output layer is wrapped too, and on a CPU prompts longer than the batch get no probabilities.
+        lora_target_modules=sorted({kind(path) for several in updates for path in several}),
         **settings,
     )
     requests = {name: LoRARequest(f"variant_{i}", i, str(path)) for i, (name, path) in enumerate(folders.items(), 1)}

@@ -171,6 +171,10 @@ BROKEN = {
         r"o_proj: lora_A has 3 rows but adapter_config\.json says r=4\. Add it to rank_pattern",
     ),
     "no_prefix": (without_prefix, r"does not start with base_model\.model\., so PEFT would leave it out silently"),
+    "no_suffix": (
+        lambda tensors: {name.removesuffix(".weight"): tensor for name, tensor in tensors.items() if "lora_" in name},
+        r"lora_[AB] does not end in \.weight, so PEFT would leave it out silently",
+    ),
     "integers": (lambda tensors: tensors | {A: torch.ones(4, 32, dtype=torch.int8)}, r"lora_A has dtype torch\.int8"),
     "float8": (
         lambda tensors: tensors | {A: torch.ones(4, 32).to(torch.float8_e4m3fn)},

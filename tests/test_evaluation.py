@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -178,6 +179,13 @@ def test_all_that_is_wrong_is_named_at_once(world: tiny.World, tmp_path: Path) -
         "-floor",
     ):
         assert fault in said, fault
+
+
+def test_a_missing_vllm_is_found_before_anything_loads(both: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "vllm" else real(name))
+    with pytest.raises(InputError, match="vLLM is not installed"):
+        evaluate(both[0], suite=SuiteOptions(suite="rows.jsonl"), vllm="")
 
 
 def test_batch_sizes_of_scorings_again_differ_from_the_first() -> None:

@@ -51,15 +51,22 @@ except RunError as error:
 def out(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Where the scores of both engines lie, as the beginning of a path."""
     folder = tmp_path_factory.mktemp("served")
-    world = tiny.world(folder, alpha_pattern={"v_proj": 3})
-    base = tiny.llama()
-    base.config.name_or_path = base.name_or_path = str(world.base)
-    tiny.lora(base, seed=5, r=2, target_modules=["k_proj", "up_proj"]).save_pretrained(folder / "other")
-    rows = [{"question": f"which {i}?", "choices": ["a", "b", "c"], "answer": i % 3} for i in range(6)]
-    (folder / "pick.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    different = {
+        "adapter": {"alpha_pattern": {"v_proj": 3}},
+        "other": {"r": 2, "target_modules": ["k_proj", "up_proj"]},
+    }
+    for seed, (name, changes) in enumerate(different.items()):
+        base = tiny.llama(head_dim=32)  # vLLM's attention on a CPU knows no narrower heads
+        base.save_pretrained(folder / "base")
+        base.config.name_or_path = base.name_or_path = str(folder / "base")
+        tiny.lora(base, seed=seed, **changes).save_pretrained(folder / name)
+    tiny.tokenizer().save_pretrained(folder / "base")
+    pick = [{"question": f"which {i}?", "choices": ["a", "b", "c"], "answer": i % 3} for i in range(6)]
+    for name, rows in (("rows", tiny.rows()), ("pick", pick)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     job = {
-        "adapters": [str(world.adapter), str(folder / "other")],
-        "suite": f"{world.data},{folder / 'pick.jsonl'}",
+        "adapters": [str(folder / name) for name in different],
+        "suite": f"{folder / 'rows.jsonl'},{folder / 'pick.jsonl'}",
         "out": f"{folder}/scores-",
     }
     settings = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}

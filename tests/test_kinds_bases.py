@@ -154,6 +154,14 @@ def test_qalora_on_pefts_gptq_layer(
     assert kind_errors.sensitivity_error("qalora") < 1e-7
 
 
+def test_qalora_fits_its_base_by_the_shapes_of_pooled_inputs(pooling: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter = Adapter.from_model(QALORA.adapted())
+    monkeypatch.undo()  # the skeleton of a base is not quantised
+    check_fits(adapter, QALORA.fresh().config)
+    with pytest.raises(BaseModelError, match=r"the adapter has shape \(3, 8\), this base model needs \(3, 16\)"):
+        check_fits(adapter, tiny.llama(hidden_size=64).config)
+
+
 def test_qalora_on_a_base_where_peft_ignores_it_is_refused_live() -> None:
     with pytest.raises(BaseModelError, match=r"use_qalora switched on, which PEFT ignores .* set use_qalora to false"):
         Live(QALORA.adapted())
@@ -292,6 +300,23 @@ def test_one_pair_an_expert_is_edited_as_a_file_and_refused_on_a_model_that_fuse
         check_fits(adapter, kinds.qwen_moe().config)
     with pytest.raises(BaseModelError, match=r"sqrt\(2\) too large"):
         check_fits(per_expert({"use_rslora": True}), kinds.qwen_moe().config)
+
+
+@pytest.mark.parametrize("name", ["dora", "experts", "adalora", "tied"])
+def test_recomputed_activations_give_the_same_sensitivities(name: str) -> None:
+    case = CASES[name]
+    live, rows = Live(case.adapted()), kind_errors.batch_of(case)
+    plain = measure_live(live, [rows], loss=case.loss)
+    recomputed = measure_live(live, [rows], loss=case.loss, checkpointing=True)
+    for path, module in plain.modules.items():
+        np.testing.assert_array_equal(recomputed.modules[path].gate_gradient, module.gate_gradient)
+
+
+def test_an_alora_is_not_measured_with_recomputed_activations() -> None:
+    with pytest.raises(
+        BaseModelError, match=r"invocation tokens again when activations are recomputed\. Leave --grad"
+    ):
+        measure_live(Live(CASES["alora"].adapted()), [tiny.batch()], loss=tiny.loss, checkpointing=True)
 
 
 @pytest.mark.parametrize("dora", [False, True])

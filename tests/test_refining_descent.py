@@ -72,7 +72,8 @@ def trace(live: Live) -> dict[str, object]:
 def assert_untouched(live: Live, before: dict[str, object]) -> None:
     after = trace(live)
     one, other = before.pop("weights"), after.pop("weights")
-    assert isinstance(one, dict) and isinstance(other, dict)
+    assert isinstance(one, dict)
+    assert isinstance(other, dict)
     assert list(one) == list(other)
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert before == after
@@ -81,7 +82,9 @@ def assert_untouched(live: Live, before: dict[str, object]) -> None:
 def test_the_gradient_through_tuned_gates_is_the_measured_one() -> None:
     live = Live(tiny.lora(tiny.llama(dtype=torch.float64), dtype=torch.float64))
     tokens = rows(5)
-    gates = {path: torch.ones(len(live.spectra[path].S), dtype=torch.float64, requires_grad=True) for path in live.paths}
+    gates = {
+        path: torch.ones(len(live.spectra[path].S), dtype=torch.float64, requires_grad=True) for path in live.paths
+    }
     batch = batches(tokens, batch_size=5)[0]
     with live.still(), live.tuned(gates):
         answer_loss(live.model, batch).mean().backward()
@@ -123,14 +126,16 @@ def test_descending_lowers_the_objective_on_rows_it_never_steps_on(live: Live) -
     assert told == [(step, 12) for step in range(1, 13)]
     assert list(gates) == live.paths
     values = np.concatenate(list(gates.values()))
-    assert ((values >= LOWEST) & (values <= HIGHEST)).all() and (values != 1).any()
+    assert ((values >= LOWEST) & (values <= HIGHEST)).all()
+    assert (values != 1).any()
 
 
 def test_it_stays_in_bounds_whatever_the_step(live: Live) -> None:
     keep = rows(12, seed=6)
     gates = descend(live, [Term(from_base(live, keep), keep, 1.0)], Steps(count=6, check=1, gate_rate=5.0))
     values = np.concatenate(list(gates.values()))
-    assert values.min() == pytest.approx(LOWEST, rel=1e-6) and values.max() <= HIGHEST * (1 + 1e-6)
+    assert values.min() == pytest.approx(LOWEST, rel=1e-6)
+    assert values.max() <= HIGHEST * (1 + 1e-6)
 
 
 def test_the_same_seed_gives_the_same_gates_and_a_start_is_gone_on_from(live: Live) -> None:
@@ -169,7 +174,8 @@ def test_carrying_on_trains_a_copy(live: Live, learning_rate: float) -> None:
     before, start = trace(live), on_held_back_rows(live, wanted)
     trained = carry_on(live, wanted, steps, learning_rate=learning_rate)
     assert_untouched(live, before)
-    assert isinstance(trained, Adapter) and list(trained.tensors) == list(live.adapter.tensors)
+    assert isinstance(trained, Adapter)
+    assert list(trained.tensors) == list(live.adapter.tensors)
     assert all(not torch.equal(trained.tensors[name], value) for name, value in live.adapter.tensors.items())
     with live.holding(trained):
         assert on_held_back_rows(live, wanted) < start
@@ -215,12 +221,13 @@ def test_every_row_comes_once_before_any_comes_again_and_none_is_held_back(live:
 
     term = Term(noting, tokens, 1.0)
     used, held = term.parts(0)
-    assert len(held.examples) == 4 and len(used.examples) == 12
+    assert len(held.examples) == 4
+    assert len(used.examples) == 12
     descend(live, [term], Steps(count=6, rows=5, check=100))
     steps = seen[1:-1]  # the first and the last look are at the held-back rows
     assert [len(digests) for digests in steps] == [5, 5, 2, 5, 5, 2]
     for epoch in (steps[:3], steps[3:]):
-        assert sorted(sum(epoch, [])) == sorted(row.digest for row in used.examples)
+        assert sorted(digest for step in epoch for digest in step) == sorted(row.digest for row in used.examples)
     assert sorted(seen[0]) == sorted(seen[-1]) == sorted(row.digest for row in held.examples)
 
 
@@ -240,7 +247,7 @@ def test_components_that_cannot_be_told_apart_share_and_dead_ones_keep_their_gat
         assert (gates[path][alive] != 1).all()
 
 
-# -- other tensors in the loaded model ---------------------------------------------------------------------------------
+# -- other tensors in the loaded model --------------------------------------------------------------------------------
 
 
 @torch.no_grad()

@@ -29,9 +29,7 @@ def wrote(path: Path, count: int, *, start: int = 0, answer: str = "yes", **colu
     return str(path)
 
 
-def read(
-    adapter: Adapter, data: str | None = None, train: str | None = None, **changes: object
-) -> TaskRows:
+def read(adapter: Adapter, data: str | None = None, train: str | None = None, **changes: object) -> TaskRows:
     return task_rows(data, train, DataOptions(**changes), tiny.tokenizer(), adapter)  # type: ignore[arg-type]
 
 
@@ -55,9 +53,13 @@ def test_rows_are_divided_by_their_content(
 ) -> None:
     found = read(adapter, wrote(tmp_path / "rows.jsonl", count), examples=examples)
     parts = (found.measuring, found.validation, found.test)
-    assert tuple(map(len, parts)) == sizes and found.swapped == swapped
+    assert tuple(map(len, parts)) == sizes
+    assert found.swapped == swapped
     a, b, c = digests(*parts)
-    assert not (a & b or a & c or b & c) and len(a | b | c) == count
+    assert not (a & b)
+    assert not (a & c)
+    assert not (b & c)
+    assert len(a | b | c) == count
     lines = (tmp_path / "rows.jsonl").read_text().splitlines()
     (tmp_path / "turned.jsonl").write_text("\n".join(reversed(lines)))
     turned = read(adapter, str(tmp_path / "turned.jsonl"), examples=examples)
@@ -70,12 +72,12 @@ def test_rows_are_divided_by_their_content(
 def test_too_few_rows_say_what_they_could_show(tmp_path: Path, adapter: Adapter, count: int) -> None:
     rows = wrote(tmp_path / "rows.jsonl", count)
     Path(rows).write_text(Path(rows).read_text() * 3)  # the same rows again are no more rows
-    with pytest.raises(DataError, match=f"has {count} different rows, expected at least 60.*points cannot be shown"):
+    with pytest.raises(DataError, match=rf"has {count} different rows, expected at least 60.*points cannot be shown"):
         read(adapter, rows)
 
 
 def test_without_rows_nothing_begins(adapter: Adapter) -> None:
-    with pytest.raises(DataError, match="Pass --data .* or --train-data"):
+    with pytest.raises(DataError, match=r"Pass --data .* or --train-data"):
         read(adapter)
 
 
@@ -84,13 +86,14 @@ def test_duplicates_are_counted_once(tmp_path: Path, adapter: Adapter) -> None:
     lines = Path(rows).read_text().splitlines(keepends=True)
     Path(rows).write_text("".join(lines + lines[:7]))
     found = read(adapter, rows)
-    assert found.duplicates == 7 and len(found.measuring) + len(found.validation) + len(found.test) == 80
+    assert found.duplicates == 7
+    assert len(found.measuring) + len(found.validation) + len(found.test) == 80
 
 
 def test_a_row_cannot_be_seen_and_unseen(tmp_path: Path, adapter: Adapter) -> None:
     data = wrote(tmp_path / "unseen.jsonl", 80)
     train = wrote(tmp_path / "seen.jsonl", 80, start=75)
-    with pytest.raises(DataError, match="5 rows are both in .*unseen.jsonl and in .*seen.jsonl"):
+    with pytest.raises(DataError, match=r"5 rows are both in .*unseen.jsonl and in .*seen.jsonl"):
         read(adapter, data, train)
 
 
@@ -102,21 +105,26 @@ def test_a_prompt_seen_with_another_answer_is_a_warning(
     with caplog.at_level(logging.WARNING):
         found = read(adapter, data, train)
     assert "3 prompts of --data are also in --train-data" in caplog.text
-    assert found.seen is not None and len(found.seen) == 10 and not found.seen_only
+    assert found.seen is not None
+    assert len(found.seen) == 10
+    assert not found.seen_only
     assert found.source == data
 
 
 def test_seen_rows_alone_take_the_place_of_unseen_ones(tmp_path: Path, adapter: Adapter) -> None:
     train = wrote(tmp_path / "seen.jsonl", 90)
     found = read(adapter, None, train)
-    assert found.seen_only and found.seen is None and found.source == train
+    assert found.seen_only
+    assert found.seen is None
+    assert found.source == train
     assert [len(part) for part in (found.measuring, found.validation, found.test)] == [30, 30, 30]
 
 
 def test_seen_rows_beside_unseen_ones_are_as_many_as_are_measured(tmp_path: Path, adapter: Adapter) -> None:
     data, train = wrote(tmp_path / "unseen.jsonl", 80), wrote(tmp_path / "seen.jsonl", 50, start=500)
     found = read(adapter, data, train, examples=20)
-    assert found.seen is not None and len(found.seen) == 20
+    assert found.seen is not None
+    assert len(found.seen) == 20
     assert not digests(found.seen)[0] & set.union(*digests(found.measuring, found.validation, found.test))
 
 
@@ -127,7 +135,9 @@ def test_groups_stay_in_one_part(tmp_path: Path, adapter: Adapter) -> None:
     found = read(adapter, str(path), group_column="document")
     groups = [{row.group for row in part.examples} for part in (found.measuring, found.validation, found.test)]
     assert all(len(part) % 6 == 0 for part in (found.measuring, found.validation, found.test))
-    assert not (groups[0] & groups[1] or groups[0] & groups[2] or groups[1] & groups[2])
+    assert not (groups[0] & groups[1])
+    assert not (groups[0] & groups[2])
+    assert not (groups[1] & groups[2])
     assert len(set.union(*groups)) == 30
     assert set(row_set(found.test.examples).groups) == groups[2]
 
@@ -147,11 +157,14 @@ def test_the_first_row_shows_its_answer(tmp_path: Path, adapter: Adapter) -> Non
     assert first_row(found.measuring, tiny.tokenizer()) == f"<s>{row.prompt} [[{row.answer}</s>]]"
 
 
-# -- other skills ------------------------------------------------------------------------------------------------------
+# -- other skills -----------------------------------------------------------------------------------------------------
 
 
 def skills(path: Path, count: int) -> str:
-    rows = [{"prompt": f"tell {'abcdefghijkl'[i % 12]} of {i}!", "answer": "a", "skill": "xyz"[i % 3]} for i in range(count)]
+    rows = [
+        {"prompt": f"tell {'abcdefghijkl'[i % 12]} of {i}!", "answer": "a", "skill": "xyz"[i % 3]}
+        for i in range(count)
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
 
@@ -168,7 +181,7 @@ def test_other_skills_are_three_parts_with_every_category(tmp_path: Path, adapte
 def test_too_few_other_skills_are_said_after_those_of_the_task_are_left_out(tmp_path: Path, adapter: Adapter) -> None:
     task = read(adapter, wrote(tmp_path / "rows.jsonl", 60))
     options = RefineOptions(keep=skills(tmp_path / "keep.jsonl", FEWEST - 1))
-    with pytest.raises(DataError, match="has 59 different rows or prompts .* expected at least 60"):
+    with pytest.raises(DataError, match=r"has 59 different rows or prompts .* expected at least 60"):
         keep_rows(options, DataOptions(), task, tiny.tokenizer(), adapter)
     both = tmp_path / "both.jsonl"
     both.write_text(Path(options.keep).read_text() + (tmp_path / "rows.jsonl").read_text())
@@ -176,7 +189,7 @@ def test_too_few_other_skills_are_said_after_those_of_the_task_are_left_out(tmp_
         keep_rows(RefineOptions(keep=str(both)), DataOptions(), task, tiny.tokenizer(), adapter)
 
 
-# -- options -----------------------------------------------------------------------------------------------------------
+# -- options ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -218,7 +231,7 @@ def test_all_faults_are_said_together() -> None:
     RefineOptions(steps=0, permutations=0, replays=0, keep_tokens=1, objective="mine:score").check()
 
 
-# -- what fits into a budget -------------------------------------------------------------------------------------------
+# -- what fits into a budget ------------------------------------------------------------------------------------------
 
 ORDER = [
     Extent(3, 3, True, 199),
@@ -239,7 +252,8 @@ def test_the_ladder_shrinks_in_the_stated_order_and_never_grows_with_less_time()
         found = extent(RefineOptions(budget=f"{seconds}s"), 0.02, 400, 0.5)
         places.append(ORDER.index(found))
     assert places == sorted(places)
-    assert places[0] == 0 and places[-1] == len(ORDER) - 1
+    assert places[0] == 0
+    assert places[-1] == len(ORDER) - 1
     assert set(places) == set(range(len(ORDER)))
 
 

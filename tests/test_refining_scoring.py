@@ -113,7 +113,8 @@ def test_memory_that_runs_out_in_the_middle_changes_no_value(live: Live, monkeyp
 
     monkeypatch.setattr(type(live.model), "forward", small)
     np.testing.assert_allclose(per_example(live, some.tokenized, answer_loss_of, MANY), wanted, rtol=1e-5)
-    assert max(sizes) == 7 and sizes.count(7) == 1
+    assert max(sizes) == 7
+    assert sizes.count(7) == 1
     monkeypatch.undo()
     generate = live.model.generate
 
@@ -153,8 +154,11 @@ def test_an_exact_answer_is_what_the_model_greedily_says(live: Live) -> None:
     for batching in (ONE_BY_ONE, MANY, BatchOptions(token_budget=30)):
         objective = exact_objective("strip", batching)
         np.testing.assert_array_equal(objective.score(live, mixed), wanted)
-        assert objective.measure.binary and not objective.measure.lower_is_better
-    right = [Example(row.prompt, said, row.group, False, row.row) for row, said in zip(mixed.examples, hand)]
+        assert objective.measure.binary
+        assert not objective.measure.lower_is_better
+    right = [
+        Example(row.prompt, said, row.group, False, row.row) for row, said in zip(mixed.examples, hand, strict=True)
+    ]
     assert exact_objective("strip", MANY).score(live, Rows(right, mixed.tokenized)).all()
     assert answers(live, mixed.at([4]), MANY, longest=3) == [greedy_by_hand(live, mixed.examples[4].prompt, 3)]
 
@@ -167,7 +171,8 @@ def test_a_choice_is_the_likeliest_answer_per_token(live: Live) -> None:
     wanted = [choices[i] == row.answer for i, row in zip(losses.argmin(1), some.examples, strict=True)]
     found = choice_objective(choices, MANY).score(live, some)
     np.testing.assert_array_equal(found, np.array(wanted, dtype=float))
-    likeliest = [Example(row.prompt, choices[i], "g", False, 0) for i, row in zip(losses.argmin(1), some.examples)]
+    best = zip(losses.argmin(1), some.examples, strict=True)
+    likeliest = [Example(row.prompt, choices[i], "g", False, 0) for i, row in best]
     assert choice_objective(choices, MANY).score(live, Rows(likeliest, some.tokenized)).all()
 
 
@@ -197,9 +202,9 @@ def test_normalising(normalise: str, same: list[tuple[str, str]], different: lis
     assert all(norm(one) != norm(other) for one, other in different)
 
 
-# -- a user's own function ---------------------------------------------------------------------------------------------
+# -- a user's own function --------------------------------------------------------------------------------------------
 
-MINE = '''
+MINE = """
 import numpy as np
 constant = 3
 
@@ -224,7 +229,7 @@ def words(prompts, answers, references):
 
 def nothing(prompts, answers, references):
     return None
-'''
+"""
 
 
 @pytest.fixture
@@ -245,7 +250,8 @@ def test_your_own_function_scores_the_greedy_answers(live: Live, module: str) ->
     said = answers(live, some, MANY)
     wanted = [len(a) - 0.5 * len(row.answer) for a, row in zip(said, some.examples, strict=True)]
     np.testing.assert_allclose(objective.score(live, some), wanted)
-    assert not objective.measure.lower_is_better and not objective.measure.binary
+    assert not objective.measure.lower_is_better
+    assert not objective.measure.binary
 
 
 @pytest.mark.parametrize(

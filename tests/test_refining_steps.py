@@ -167,7 +167,8 @@ def test_scaled_multiplies_logarithms_within_bounds() -> None:
     np.testing.assert_array_equal(scaled(gates, 1.0)["one"], gates["one"])
     assert (scaled(gates, 0.0)["one"] == 1).all()
     far = scaled(gates, 10.0)["one"]
-    assert far.min() == LOWEST and far.max() == HIGHEST
+    assert far.min() == LOWEST
+    assert far.max() == HIGHEST
     assert gates["one"][0] == 0.5
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from spectral_surgery.adapter.kinds import Stored
-from spectral_surgery.errors import AdapterError, combine
+from spectral_surgery.errors import AdapterError
 from spectral_surgery.spectrum import LowRank, exact
 
 UNPORTABLE = {
@@ -53,7 +53,9 @@ def with_factors(
     Raises:
         AdapterError: If a module's factors are not stored as two tensors ``A`` and ``B`` of their own.
     """
-    combine([fault for path in stored for fault in _layout_faults(path, stored[path], tensors)][:20], AdapterError)
+    if faults := [fault for path in stored for fault in _layout_faults(path, stored[path], tensors)]:
+        more = f" So it is with {len(faults) - 1} more modules." if len(faults) > 1 else ""
+        raise AdapterError(faults[0] + more)
     changed: dict[str, Tensor] = {}
     for path, update in updates.items():
         names = stored[path].names

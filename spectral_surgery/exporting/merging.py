@@ -137,9 +137,9 @@ def _tied_faults(adapter: Adapter, config: Any) -> Iterator[str]:
     names = [path for path in adapter.updates if path.rpartition(".")[2] in EMBEDDINGS]
     if names and not adapter.config.raw.get("ensure_weight_tying"):
         yield f"{names[0]} {TIED}"
-    trained = {name: tensor for name, tensor in adapter.tensors.items() if name.split(".")[-2] in EMBEDDINGS}
-    whole = [tensor for name, tensor in trained.items() if name.endswith(".weight") and ".lora_" not in name]
-    if whole and not (len(whole) == 2 and torch.equal(*whole)):
+    ends = tuple(f"{name}.weight" for name in EMBEDDINGS)
+    trained = {name: tensor for name, tensor in adapter.tensors.items() if name.endswith(ends)}
+    if trained and not (len(trained) == 2 and torch.equal(*trained.values())):
         yield f"{next(iter(trained))} was trained in full, and {TIED}"
 
 
@@ -176,6 +176,11 @@ def merge(
     progress("Loading the base model")
     stored = _with_dtype(plan.options, "auto")
     live = loading.load(plan.adapter, stored, tokenizer=plan.tokenizer, checked=True)
+    if any(weight.is_meta for weight in live.model.parameters()):
+        raise BaseModelError(
+            "The base model does not fit into memory as it was spread, and parts of it are offloaded. Merging needs "
+            "all weights at once: pass --device cpu in place of --device-map."
+        )
     progress("Predicting with the adapter beside the base")
     expected = reference(live, plan.texts)
     with live.base():
@@ -194,8 +199,9 @@ def merge(
         model = None
         gc.collect()
         progress("Loading the merged model and predicting with it")
-        again = kind.from_pretrained(new, dtype="auto", trust_remote_code=plan.options.trust_remote_code)
-        found.append(_parity(again.to(device).eval(), plan.texts, expected, base, dtype))
+        there = {"device_map": plan.options.device_map or {"": device}}
+        again = kind.from_pretrained(new, dtype="auto", trust_remote_code=plan.options.trust_remote_code, **there)
+        found.append(_parity(again.eval(), plan.texts, expected, base, dtype))
         saving.write_json(new / saving.MANIFEST, manifest(found[0]))
 
     sources = (plan.adapter.folder,) if plan.adapter.folder else ()
@@ -227,13 +233,14 @@ def _merged(model: PeftModel, dtype: torch.dtype | None) -> Any:
 @contextmanager
 def _in_float32(layer: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
     """Holds a layer's weights in float32 while open; afterwards each has the given dtype, or its own again."""
-    before = {name: weight.dtype for name, weight in layer.named_parameters()}
+    weights = [weight for weight in layer.parameters() if weight.is_floating_point()]
+    before = [weight.dtype for weight in weights]
     layer.float()
     try:
         yield
     finally:
-        for name, weight in layer.named_parameters():
-            weight.data = weight.data.to(dtype or before.get(name, weight.dtype))
+        for weight, own in zip(weights, before, strict=True):
+            weight.data = weight.data.to(dtype or own)
 
 
 @torch.no_grad()

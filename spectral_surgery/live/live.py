@@ -105,6 +105,20 @@ class Live:
             return torch.device(getattr(hook, "execution_device", None) or "cpu")
         return weight.device
 
+    @property
+    def _invoked(self) -> bool:
+        return bool(self.adapter.config.raw.get("alora_invocation_tokens"))
+
+    @property
+    def indivisible(self) -> str | None:
+        """Why the examples of a batch cannot be told apart, where that is known beforehand."""
+        shared = [path for path, place, _ in self._layers if place.seat in ("experts", "attention")]
+        if shared:
+            return f"{shared[0]}: it works on weights, which all examples of a batch share"
+        if self._invoked:
+            return f"{self.paths[0]}: an aLoRA takes the tokens of all examples together"
+        return None
+
     @contextmanager
     def gated(self, gates: Gates) -> Iterator[None]:
         """Computes with these gates while open. Modules whose gates are all one are not touched at all.
@@ -166,8 +180,13 @@ class Live:
                 stays on and only the checkpointing layers' own flags are raised, not those of the modules inside.
 
         Raises:
-            BaseModelError: If checkpointing is asked of a model that cannot.
+            BaseModelError: If checkpointing is asked of a model or an adapter that cannot.
         """
+        if checkpointing and self._invoked:
+            raise BaseModelError(
+                "PEFT does not find an aLoRA's invocation tokens again when activations are recomputed. Leave "
+                "--gradient-checkpointing out; rows are measured one at a time."
+            )
         training = [module for module in self.model.modules() if module.training]
         learning = [weight for weight in self.model.parameters() if weight.requires_grad]
         self.model.eval()

@@ -144,6 +144,7 @@ def check_fits(adapter: Adapter, config: Any, *, trust_remote_code: bool = False
             _first(ignored),
         )
     pruned = adapter.config.raw.get("peft_type") == "ADALORA"  # PEFT cuts its factors when it reads the file
+    expected = _pooled(adapter, expected)
     wrong = [name for name in expected if name in found and found[name] != expected[name] and not pruned]
     if wrong and not all("embed" in name or "lm_head" in name for name in wrong):
         raise BaseModelError(
@@ -285,6 +286,17 @@ def _expected_shapes(adapter: Adapter, config: Any, trust_remote_code: bool) -> 
             ) from error
         state = get_peft_model_state_dict(model, save_embedding_layers=False)
     return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+def _pooled(adapter: Adapter, expected: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes as QALoRA has them on a quantised base, which the skeleton is not."""
+    if not adapter.config.raw.get("use_qalora"):
+        return expected
+    group = int(adapter.config.raw.get("qalora_group_size") or 16)
+    return {
+        name: (shape[0], shape[1] // group) if name.endswith(".lora_A.weight") else shape
+        for name, shape in expected.items()
+    }
 
 
 def _check_experts(adapter: Adapter, skeleton: Any) -> None:

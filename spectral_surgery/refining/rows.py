@@ -84,8 +84,8 @@ def task_rows(
     test = [row for row in hash_order(rows, options.seed) if row.digest not in used]
     if not test:
         raise DataError(
-            f"{source} has {len({row.group for row in rows})} groups of rows that belong together, and none is left to "
-            f"test on. Pass rows of more groups, or another --group-column."
+            f"{source} has {len({row.group for row in rows})} groups of rows that belong together, and none is left "
+            f"to test on. Pass rows of more groups, or another --group-column."
         )
 
     def as_rows(examples: Sequence[Example]) -> Rows:

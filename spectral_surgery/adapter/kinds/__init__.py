@@ -73,7 +73,7 @@ def read(config: AdapterConfig, tensors: Mapping[str, Tensor]) -> dict[str, Stor
     claimed: set[str] = set()
     for module in modules(tensors).values():
         if kind := kind_of(config, module):
-            faults += _misnamed(module)
+            faults += _misnamed(config, module)
             claimed |= module.of(kind.roles)
             if not (wrong := list(kind.faults(config, module))):
                 found |= kind.read(config, module)
@@ -88,11 +88,16 @@ def kind_of(config: AdapterConfig, module: Module) -> Kind | None:
     return next((kind for kind in KINDS if kind.claims(config, module)), None)
 
 
-def _misnamed(module: Module) -> list[str]:
-    name = module.claims[0]
-    if name.startswith(PREFIX):
-        return []
-    return [f"{name} does not start with {PREFIX}, so PEFT would leave it out silently. Rename the tensors."]
+def _misnamed(config: AdapterConfig, module: Module) -> list[str]:
+    """Returns what PEFT would leave out without a word because of its name."""
+    first = module.claims[0]
+    if not first.startswith(PREFIX):
+        return [f"{first} does not start with {PREFIX}, so PEFT would leave it out silently. Rename the tensors."]
+    factors = [module.names[role] for role in ("A", "B") if role in module]
+    bare = [name for name in factors if not name.endswith(".weight")]
+    if bare and config.raw.get("peft_type") == "LORA":
+        return [f"{bare[0]} does not end in .weight, so PEFT would leave it out silently. Rename the tensors."]
+    return []
 
 
 def _check_claims(tensors: Mapping[str, Tensor], claimed: set[str]) -> None:
