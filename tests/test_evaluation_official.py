@@ -15,16 +15,16 @@ import ifeval_rows
 import pytest
 import tiny
 
-from spectral_surgery.records import Record
-from spectral_surgery.samples import from_samples
-from spectral_surgery.suite import Suite, SuiteOptions, prepare_suite
+from spectral_surgery.evaluating.records import Record
+from spectral_surgery.evaluating.samples import from_samples
+from spectral_surgery.evaluating.suite import Suite, SuiteOptions, prepare_suite
 
 pytest.importorskip("lm_eval", reason="the extra evaluate is not installed")
 
 from lm_eval.api.model import LM
 
-from spectral_surgery.evaluation import with_verdicts
-from spectral_surgery.harness import run
+from spectral_surgery.evaluating.evaluation import with_verdicts
+from spectral_surgery.evaluating.harness import run
 
 
 class Oracle(LM):

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import tiny
 
-from spectral_surgery.records import Record, read_records
+from spectral_surgery.evaluating.records import Record, read_records
 
 PYTHON = os.environ.get("SPECTRAL_SURGERY_VLLM_PYTHON", "")
 pytestmark = [
@@ -26,9 +26,9 @@ SCORE = """
 import json, sys
 import numpy as np
 from spectral_surgery.errors import RunError
-from spectral_surgery.evaluation import evaluate
+from spectral_surgery.evaluating.evaluation import evaluate
 from spectral_surgery.options import ModelOptions
-from spectral_surgery.suite import SuiteOptions
+from spectral_surgery.evaluating.suite import SuiteOptions
 job = json.loads(sys.argv[1])
 model = ModelOptions(dtype="float32", device="cpu")
 options = SuiteOptions(suite=job["suite"], max_gen_toks=6, max_length=128, batch_size=8)
@@ -37,7 +37,7 @@ for name, vllm in (("hf", None), ("vllm", "enforce_eager=True,max_num_seqs=8")):
     found = evaluate(job["adapters"][0], job["adapters"][1:], options, model=model, vllm=vllm, output=out)
     print(found.text())
 
-from spectral_surgery import serving
+from spectral_surgery.evaluating import serving
 honest = serving.ServedModel.serving
 serving.ServedModel.serving = lambda lm, request: honest(lm, None)  # an engine that never applies an adapter
 try:

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import tiny
 
-from spectral_surgery import sentences
 from spectral_surgery.errors import InputError
-from spectral_surgery.suite import Suite, SuiteOptions, check_options, prepare_suite
-from spectral_surgery.tasks import PAPER, PRIMARY, LocalData, split_suite
+from spectral_surgery.evaluating import sentences
+from spectral_surgery.evaluating.suite import Suite, SuiteOptions, check_options, prepare_suite
+from spectral_surgery.evaluating.tasks import PAPER, PRIMARY, LocalData, split_suite
 
 pytest.importorskip("lm_eval", reason="the extra evaluate is not installed")
 

@@ -312,6 +312,19 @@ def test_recomputed_activations_give_the_same_sensitivities(name: str) -> None:
         np.testing.assert_array_equal(recomputed.modules[path].gate_gradient, module.gate_gradient)
 
 
+@pytest.mark.parametrize("name", ["dora", "experts", "experts_transposed", "attention", "tied", "adalora", "conv2d"])
+def test_gates_that_are_tuned_get_the_measured_derivative(name: str) -> None:
+    case = CASES[name]
+    live, rows = Live(case.adapted(torch.float64)), kind_errors.batch_of(case, torch.float64)
+    found = measure_live(live, [rows], loss=case.loss)
+    gates = {path: torch.ones(len(module.S), dtype=torch.float64) for path, module in found.modules.items()}
+    with live.still(), live.tuned({path: gate.requires_grad_() for path, gate in gates.items()}):
+        case.loss(live.model, rows).sum().backward()
+    for path, gate in gates.items():
+        wanted = found.modules[path].gate_gradient.sum(0)
+        np.testing.assert_allclose(gate.grad.numpy(), wanted, rtol=1e-6, atol=1e-12)
+
+
 def test_an_alora_is_not_measured_with_recomputed_activations() -> None:
     with pytest.raises(
         BaseModelError, match=r"invocation tokens again when activations are recomputed\. Leave --grad"

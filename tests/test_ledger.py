@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from spectral_surgery.ledger import NAME, digest_of, earlier, ledger_path, note
-from spectral_surgery.rule import Rule
+from spectral_surgery.judging.ledger import NAME, digest_of, earlier, ledger_path, note
+from spectral_surgery.judging.rule import Rule
 
 ROWS = digest_of(["a", "b"])
 

@@ -19,6 +19,7 @@ import tiny
 from spectral_surgery.calibration import Tokenized, TokenizedExample
 from spectral_surgery.errors import InputError
 from spectral_surgery.formats import DataOptions, Example
+from spectral_surgery.judging.trials import BASE, UNEDITED, Measure
 from spectral_surgery.live import Live
 from spectral_surgery.options import BatchOptions, ModelOptions
 from spectral_surgery.refining.bench import Bench, Part, Times, halved
@@ -28,7 +29,6 @@ from spectral_surgery.refining.options import RefineOptions
 from spectral_surgery.refining.repeating import differences, options_of, recorded
 from spectral_surgery.refining.scoring import Objective, Rows, Vector
 from spectral_surgery.selection import Selection
-from spectral_surgery.trials import BASE, UNEDITED, Measure
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from spectral_surgery import policies
 from spectral_surgery.adapter import Adapter
 from spectral_surgery.calibration import Tokenized, TokenizedExample, batches
 from spectral_surgery.constraints import edit_size
+from spectral_surgery.judging.trials import BASE, UNEDITED
 from spectral_surgery.live import Live
 from spectral_surgery.measurement import Measurement, ModuleMeasurement
 from spectral_surgery.measuring import measure_live
@@ -32,7 +33,6 @@ from spectral_surgery.refining.permuting import permuted, shuffled
 from spectral_surgery.refining.scoring import Rows, answer_loss_of, per_example
 from spectral_surgery.refining.searching import temperature
 from spectral_surgery.refining.steps import HIGHEST, LOWEST, Pull, scaled
-from spectral_surgery.trials import BASE, UNEDITED
 
 FIRST = np.array([5.0, 0.0, 0.0, 0.0])
 

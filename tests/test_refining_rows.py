@@ -10,9 +10,9 @@ import pytest
 import tiny
 
 from spectral_surgery.adapter import Adapter
-from spectral_surgery.choosing import FEW_ROWS
 from spectral_surgery.errors import DataError, InputError
 from spectral_surgery.formats import DataOptions
+from spectral_surgery.judging.choosing import FEW_ROWS
 from spectral_surgery.refining.options import RefineOptions
 from spectral_surgery.refining.rows import FEWEST, TaskRows, first_row, keep_rows, row_set, task_rows
 from spectral_surgery.refining.searching import Extent, extent

@@ -16,6 +16,7 @@ from spectral_surgery.calibration import Batch, tokenize
 from spectral_surgery.divergence import Divergence, reference
 from spectral_surgery.errors import DataError, InputError, RunError
 from spectral_surgery.formats import Example
+from spectral_surgery.judging.trials import Measure
 from spectral_surgery.live import Live
 from spectral_surgery.objective import answer_loss
 from spectral_surgery.options import BatchOptions
@@ -33,7 +34,6 @@ from spectral_surgery.refining.scoring import (
     loss_objective,
     per_example,
 )
-from spectral_surgery.trials import Measure
 
 ONE_BY_ONE, MANY = BatchOptions(batch_size=1), BatchOptions(batch_size=64)
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from spectral_surgery import replaying
-from spectral_surgery.replaying import evidence, replay
-from spectral_surgery.rule import Rule, Side, spare, surety
-from spectral_surgery.trials import BASE, UNEDITED, Measure
+from spectral_surgery.judging import replaying
+from spectral_surgery.judging.replaying import evidence, replay
+from spectral_surgery.judging.rule import Rule, Side, spare, surety
+from spectral_surgery.judging.trials import BASE, UNEDITED, Measure
 from tests.splits import ACCURACY, DRIFT, LOSS, curve, grouped, split
 
 KEEP, GAIN = Rule(), Rule(may_lose=0.0)

@@ -9,9 +9,9 @@ import pytest
 from scipy.stats import binomtest, ttest_1samp
 
 from spectral_surgery.errors import RunError
-from spectral_surgery.rule import Margins, Rule, check, gains, margins, merit, smallest_difference, surety
+from spectral_surgery.judging.rule import Margins, Rule, check, gains, margins, merit, smallest_difference, surety
+from spectral_surgery.judging.trials import BASE, UNEDITED, Measure, Scores, Split
 from spectral_surgery.statistics import Interval, paired_proportions, paired_ratio
-from spectral_surgery.trials import BASE, UNEDITED, Measure, Scores, Split
 from tests.splits import ACCURACY, AGREEMENT, DRIFT, LOSS, answers, curve, exact, grouped, rows, split
 
 

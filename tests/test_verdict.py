@@ -9,12 +9,12 @@ import re
 import numpy as np
 import pytest
 
-from spectral_surgery.choosing import Judgement, judge, judge_swapped
-from spectral_surgery.claims import Contender, RandomGates, claims, compare, random_gates, rivals
-from spectral_surgery.replaying import ErrorRate
-from spectral_surgery.rule import Rule
-from spectral_surgery.trials import BASE, UNEDITED, Scores, Split
-from spectral_surgery.verdict import Verdict, decide
+from spectral_surgery.judging.choosing import Judgement, judge, judge_swapped
+from spectral_surgery.judging.claims import Contender, RandomGates, claims, compare, random_gates, rivals
+from spectral_surgery.judging.replaying import ErrorRate
+from spectral_surgery.judging.rule import Rule
+from spectral_surgery.judging.trials import BASE, UNEDITED, Scores, Split
+from spectral_surgery.judging.verdict import Verdict, decide
 from tests.splits import AGREEMENT, DRIFT, LOSS, Means, rows, split
 
 KEEP, GAIN = Rule(), Rule(may_lose=0.0)

@@ -15,7 +15,7 @@ from spectral_surgery.formats import DataOptions
 from spectral_surgery.options import BatchOptions, ModelOptions
 
 if TYPE_CHECKING:
-    from spectral_surgery.evaluation import Evaluation
+    from spectral_surgery.evaluating.evaluation import Evaluation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,12 +55,12 @@ class Compare(Command):
         if self.data:
             self._adapters(self.data)
             return
-        from spectral_surgery.comparing import compare_runs
+        from spectral_surgery.evaluating.comparing import compare_runs
 
         self._show(compare_runs(self.a, self.b, variant_a=self.variant_a, variant_b=self.variant_b))
 
     def _adapters(self, data: str) -> None:
-        from spectral_surgery.comparing import LONGEST_ANSWER, compare_adapters, prepare_pair
+        from spectral_surgery.evaluating.comparing import LONGEST_ANSWER, compare_adapters, prepare_pair
 
         pair = prepare_pair(self.a, self.b, data, rows=self.rows, model=self.model)
         print(f"Base model: {pair.candidates.base_model}")

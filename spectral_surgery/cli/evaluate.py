@@ -10,11 +10,11 @@ import tyro
 
 from spectral_surgery.cli import console
 from spectral_surgery.cli.commands import Command
+from spectral_surgery.evaluating.suite import SuiteOptions
 from spectral_surgery.options import ModelOptions
-from spectral_surgery.suite import SuiteOptions
 
 if TYPE_CHECKING:
-    from spectral_surgery.evaluation import Prepared
+    from spectral_surgery.evaluating.evaluation import Prepared
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ class Evaluate(Command):
 
     def run(self) -> None:
         """Prints the table and writes the folder."""
-        from spectral_surgery.evaluation import evaluate_prepared, prepare
+        from spectral_surgery.evaluating.evaluation import evaluate_prepared, prepare
 
         names = [self.adapter, *self.against]
         output = self.output or Path(f"{Path(self.adapter).name}-evaluation")

@@ -11,13 +11,13 @@ from functools import cached_property
 import numpy as np
 
 from spectral_surgery.calibration import Tokenized
+from spectral_surgery.judging.trials import Scores, Split
 from spectral_surgery.live import Live
 from spectral_surgery.options import BatchOptions
 from spectral_surgery.refining.cache import Cache
 from spectral_surgery.refining.candidates import Candidate
 from spectral_surgery.refining.rows import row_set
 from spectral_surgery.refining.scoring import Objective, Rows, Vector
-from spectral_surgery.trials import Scores, Split
 
 Progress = Callable[[str, int, int], None]
 """(what, done, in all)."""

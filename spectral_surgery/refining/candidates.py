@@ -17,14 +17,14 @@ import numpy as np
 
 from spectral_surgery import policies
 from spectral_surgery.adapter import Adapter
-from spectral_surgery.claims import Contender
+from spectral_surgery.judging.claims import Contender
+from spectral_surgery.judging.trials import BASE, UNEDITED
 from spectral_surgery.live import Live
 from spectral_surgery.manifest import source_record
 from spectral_surgery.measurement import Measurement
 from spectral_surgery.policies import Gates
 from spectral_surgery.refining.steps import Pull, along, one_step, only_sure, scaled
 from spectral_surgery.surgery import operate
-from spectral_surgery.trials import BASE, UNEDITED
 
 STRENGTHS = (1.25, 1.1, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5, 0.4)
 RESHAPED_STRENGTHS = (0.5, 0.75, 1.0, 1.5, 2.5)

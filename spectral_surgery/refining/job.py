@@ -6,10 +6,12 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from spectral_surgery import __version__, ledger
+from spectral_surgery import __version__
 from spectral_surgery.adapter import Adapter
 from spectral_surgery.calibration import data_digest
 from spectral_surgery.formats import DataOptions
+from spectral_surgery.judging import ledger
+from spectral_surgery.judging.rule import Rule
 from spectral_surgery.keeping import Keep
 from spectral_surgery.live.loading import base_name, check_fits, load_config, load_tokenizer
 from spectral_surgery.options import BatchOptions, ModelOptions
@@ -23,7 +25,6 @@ from spectral_surgery.refining.scoring import (
     custom_objective,
     exact_objective,
 )
-from spectral_surgery.rule import Rule
 from spectral_surgery.selection import Selection, select
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from spectral_surgery.calibration import Tokenized, TokenizedExample, batches, tokenize
 from spectral_surgery.divergence import Agreement, Divergence, reference
 from spectral_surgery.errors import DataError
+from spectral_surgery.judging.trials import Measure
 from spectral_surgery.keeping import Keep, answer_by
 from spectral_surgery.live import Live
 from spectral_surgery.measurement import Measurement
@@ -33,7 +34,6 @@ from spectral_surgery.refining.scoring import (
 )
 from spectral_surgery.refining.searching import LEAST_SCALE, Evidence
 from spectral_surgery.sensitivity_file import load_measurement, save_measurement
-from spectral_surgery.trials import Measure
 
 DRIFT = Measure("drift from the base", "nats per token", lower_is_better=True)
 AGREEMENT = Measure("agreement with your adapter", "share of answer tokens", lower_is_better=False)

@@ -10,16 +10,17 @@ from typing import Any
 
 import numpy as np
 
-from spectral_surgery import __version__, ledger
+from spectral_surgery import __version__
+from spectral_surgery.judging import ledger
+from spectral_surgery.judging.rule import margins
+from spectral_surgery.judging.trials import BASE, UNEDITED, Scores, Split
 from spectral_surgery.keeping import degenerate
 from spectral_surgery.manifest import run_record
 from spectral_surgery.refining.candidates import RIVALS, Candidate
 from spectral_surgery.refining.rows import first_row
 from spectral_surgery.refining.run import Found
 from spectral_surgery.refining.scoring import NORMALISERS, Rows, answers
-from spectral_surgery.rule import margins
 from spectral_surgery.selection import kind, layer
-from spectral_surgery.trials import BASE, UNEDITED, Scores, Split
 
 SCHEMA = 1
 SHOWN_TASK, SHOWN_KEEP = 48, 32

@@ -14,14 +14,14 @@ from typing import Any
 
 from spectral_surgery.adapter import Adapter
 from spectral_surgery.calibration import hash_order, load_examples, preview, split_examples, tokenize
-from spectral_surgery.choosing import FEW_ROWS
 from spectral_surgery.errors import DataError
 from spectral_surgery.formats import DataOptions, Example
+from spectral_surgery.judging.choosing import FEW_ROWS
+from spectral_surgery.judging.rule import smallest_difference
+from spectral_surgery.judging.trials import RowSet
 from spectral_surgery.keeping import Keep, load_keep, split_keep
 from spectral_surgery.refining.options import RefineOptions
 from spectral_surgery.refining.scoring import Rows
-from spectral_surgery.rule import smallest_difference
-from spectral_surgery.trials import RowSet
 
 log = logging.getLogger(__name__)
 

@@ -13,11 +13,15 @@ from pathlib import Path
 
 import numpy as np
 
-from spectral_surgery import ledger
 from spectral_surgery.adapter import Adapter
-from spectral_surgery.choosing import Judgement, choose, judge, judge_swapped
-from spectral_surgery.claims import RandomGates, random_gates, rivals
 from spectral_surgery.errors import RunError
+from spectral_surgery.judging import ledger
+from spectral_surgery.judging.choosing import Judgement, choose, judge, judge_swapped
+from spectral_surgery.judging.claims import RandomGates, random_gates, rivals
+from spectral_surgery.judging.replaying import ErrorRate, replay
+from spectral_surgery.judging.rule import merit
+from spectral_surgery.judging.trials import BASE, UNEDITED
+from spectral_surgery.judging.verdict import Verdict, decide
 from spectral_surgery.live.loading import load
 from spectral_surgery.refining.bench import Progress, Times, Tried, halved
 from spectral_surgery.refining.cache import Cache
@@ -28,10 +32,6 @@ from spectral_surgery.refining.permuting import permuted, shuffled
 from spectral_surgery.refining.ready import DRIFT, Ready, make_ready, measured
 from spectral_surgery.refining.scoring import answer_loss_objective, answer_loss_of, loss_objective, per_example
 from spectral_surgery.refining.searching import Evidence, Extent, extent, ladder, temperature
-from spectral_surgery.replaying import ErrorRate, replay
-from spectral_surgery.rule import merit
-from spectral_surgery.trials import BASE, UNEDITED
-from spectral_surgery.verdict import Verdict, decide
 
 log = logging.getLogger(__name__)
 

@@ -18,10 +18,10 @@ from spectral_surgery.calibration import Batch, Tokenized, batches, tokenize
 from spectral_surgery.divergence import in_halves
 from spectral_surgery.errors import DataError, InputError, RunError
 from spectral_surgery.formats import Example
+from spectral_surgery.judging.trials import Measure
 from spectral_surgery.live import Live
 from spectral_surgery.objective import Loss, answer_loss, greedy_answers
 from spectral_surgery.options import BatchOptions
-from spectral_surgery.trials import Measure
 
 Vector = Float[np.ndarray, " rows"]
 LossOf = Callable[[Tokenized], Loss]

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from spectral_surgery.trials import BASE, UNEDITED
+from spectral_surgery.judging.trials import BASE, UNEDITED
 
 Verdict = Mapping[str, Any]
 

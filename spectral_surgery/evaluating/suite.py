@@ -14,11 +14,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from spectral_surgery.code_execution import check_consent
 from spectral_surgery.errors import InputError, combine
-from spectral_surgery.formats import Render
-from spectral_surgery.sentences import check_sentences
-from spectral_surgery.tasks import (
+from spectral_surgery.evaluating.code_execution import check_consent
+from spectral_surgery.evaluating.sentences import check_sentences
+from spectral_surgery.evaluating.tasks import (
     GENERATION,
     NEEDS_SENTENCES,
     PAPER,
@@ -28,6 +27,7 @@ from spectral_surgery.tasks import (
     quiet,
     split_suite,
 )
+from spectral_surgery.formats import Render
 
 EXTRA = "pip install 'spectral-surgery[evaluate]'"
 

@@ -20,9 +20,9 @@ from hashlib import sha256
 import numpy as np
 from jaxtyping import Float, Int
 
-from spectral_surgery.rule import Rule, check, gain_interval, p_value, pair, required, spare
+from spectral_surgery.judging.rule import Rule, check, gain_interval, p_value, pair, required, spare
+from spectral_surgery.judging.trials import BASE, UNEDITED, RowSet, Scores, Split
 from spectral_surgery.statistics import Interval
-from spectral_surgery.trials import BASE, UNEDITED, RowSet, Scores, Split
 
 FEW_ROWS = 600
 """Under so many unseen rows validation and test are swapped."""

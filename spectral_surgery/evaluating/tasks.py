@@ -24,9 +24,9 @@ from typing import Any
 from unittest import mock
 
 from spectral_surgery.errors import InputError
+from spectral_surgery.evaluating.row_tasks import Config, in_memory, rows_task
 from spectral_surgery.formats import DataOptions, Render
 from spectral_surgery.reading import READERS, read_rows
-from spectral_surgery.row_tasks import Config, in_memory, rows_task
 
 PAPER = ("gsm8k", "humaneval", "ifeval", "commonsense_qa")
 """The paper's four benchmarks (arXiv 2603.03995, section 5), as its own runs name them."""

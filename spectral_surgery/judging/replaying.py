@@ -26,10 +26,10 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float
 
-from spectral_surgery.choosing import finalists
-from spectral_surgery.rule import FEWEST_GROUPS, Pair, Rule, Side, check, p_value, required
+from spectral_surgery.judging.choosing import finalists
+from spectral_surgery.judging.rule import FEWEST_GROUPS, Pair, Rule, Side, check, p_value, required
+from spectral_surgery.judging.trials import BASE, UNEDITED, Split
 from spectral_surgery.statistics import clopper_pearson, mcnemar, paired_ratio, student
-from spectral_surgery.trials import BASE, UNEDITED, Split
 
 SIDES: tuple[Side, Side] = ("task", "skills")
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from spectral_surgery.records import Record, paired, spell
+from spectral_surgery.evaluating.records import Record, paired, spell
 from spectral_surgery.statistics import Interval
 from spectral_surgery.tables import table
 

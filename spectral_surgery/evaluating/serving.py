@@ -28,12 +28,12 @@ from vllm.lora.request import LoRARequest
 
 from spectral_surgery.adapter import Adapter
 from spectral_surgery.errors import RunError
+from spectral_surgery.evaluating.harness import Ledger
+from spectral_surgery.evaluating.suite import Suite
+from spectral_surgery.evaluating.variants import BASE, Candidates, Variants, load_variants
 from spectral_surgery.exporting.job import export
-from spectral_surgery.harness import Ledger
 from spectral_surgery.live import Live
 from spectral_surgery.selection import kind
-from spectral_surgery.suite import Suite
-from spectral_surgery.variants import BASE, Candidates, Variants, load_variants
 
 VERSION = importlib.metadata.version
 

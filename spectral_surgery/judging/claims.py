@@ -19,10 +19,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from spectral_surgery.choosing import Judgement
-from spectral_surgery.rule import Rule, Side, gain_interval, p_value, pair, spare
+from spectral_surgery.judging.choosing import Judgement
+from spectral_surgery.judging.rule import Rule, Side, gain_interval, p_value, pair, spare
+from spectral_surgery.judging.trials import UNEDITED, Measure, Split
 from spectral_surgery.statistics import Interval
-from spectral_surgery.trials import UNEDITED, Measure, Split
 
 FAMILIES = ("strength", "continue")
 """Families that the winner is held against by their matched member."""
@@ -79,7 +79,7 @@ def random_gates(winner: float, permuted: Sequence[float], rule: Rule) -> Random
     """Returns p = (1 + count) / (1 + permutations), where a permutation counts that does as well as the winner.
 
     Args:
-        winner: :func:`spectral_surgery.rule.merit` of the winner on test rows.
+        winner: :func:`spectral_surgery.judging.rule.merit` of the winner on test rows.
         permuted: The same of every permutation; NaN, a broken model, does not count.
         rule: What was asked for.
     """

@@ -19,17 +19,17 @@ from typing import Any
 
 from spectral_surgery.adapter.saving import MANIFEST, check_output, write_folder
 from spectral_surgery.calibration import chat_renderer
-from spectral_surgery.code_execution import Outcome, Program, check_programs
 from spectral_surgery.errors import InputError, combine
+from spectral_surgery.evaluating.code_execution import Outcome, Program, check_programs
+from spectral_surgery.evaluating.records import Record, write_records
+from spectral_surgery.evaluating.samples import Sample, from_samples
+from spectral_surgery.evaluating.standings import Standing, as_data, as_markdown, as_text, standings
+from spectral_surgery.evaluating.suite import Suite, SuiteOptions, check_options, prepare_suite
+from spectral_surgery.evaluating.variants import Candidates, Variants, load_variants, prepare_adapters
 from spectral_surgery.live import Live
 from spectral_surgery.manifest import run_record, source_record
 from spectral_surgery.options import ModelOptions
-from spectral_surgery.records import Record, write_records
-from spectral_surgery.samples import Sample, from_samples
-from spectral_surgery.standings import Standing, as_data, as_markdown, as_text, standings
-from spectral_surgery.suite import Suite, SuiteOptions, check_options, prepare_suite
 from spectral_surgery.tables import table
-from spectral_surgery.variants import Candidates, Variants, load_variants, prepare_adapters
 
 RECORDS = "records.jsonl"
 """Name of the file of records in an output folder."""
@@ -252,7 +252,7 @@ def _scored(prepared: Prepared, done: Callable[[], None]) -> list[Record]:
 
 def _served(prepared: Prepared, done: Callable[[], None]) -> list[Record]:
     """Returns the records of all scorings by vLLM, after it has shown that it computes what Transformers does."""
-    from spectral_surgery.serving import probe, serve
+    from spectral_surgery.evaluating.serving import probe, serve
 
     suite, unedited = prepared.suite, prepared.candidates.unedited
     probes = probe(prepared.candidates, suite)
@@ -284,15 +284,15 @@ def score(
     Args:
         live: The loaded model.
         variants: What to open for each, by name: ``live.base``, ``lambda: live.gated(gates)``, or one of
-            :func:`~spectral_surgery.variants.load_variants`.
-        suite: What is scored, from :func:`~spectral_surgery.suite.prepare_suite`.
+            :func:`~spectral_surgery.evaluating.variants.load_variants`.
+        suite: What is scored, from :func:`~spectral_surgery.evaluating.suite.prepare_suite`.
         batch_size: In place of the suite's.
         done: Called after every request.
 
     Raises:
         RunError: If generated programs cannot be run.
     """
-    from spectral_surgery.harness import LiveModel
+    from spectral_surgery.evaluating.harness import LiveModel
 
     size = batch_size or suite.options.batch_size
     with live.still():
@@ -302,7 +302,7 @@ def score(
 
 def score_model(lm: Any, variants: Variants, suite: Suite, *, done: Callable[[], None] | None = None) -> list[Record]:
     """Returns the records of every variant of a language model of lm-evaluation-harness, as :func:`score` does."""
-    from spectral_surgery.harness import run
+    from spectral_surgery.evaluating.harness import run
 
     records: list[Record] = []
     verdicts: dict[Program, Outcome] = {}

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from spectral_surgery.errors import DataError
-from spectral_surgery.records import Record
+from spectral_surgery.evaluating.records import Record
 
 Sample = Mapping[str, Any]
 """What lm-evaluation-harness logs of one document by one filter."""

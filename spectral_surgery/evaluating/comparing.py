@@ -24,15 +24,15 @@ from spectral_surgery.calibration import (
     tokenize,
 )
 from spectral_surgery.errors import DataError, InputError, combine
-from spectral_surgery.evaluation import RECORDS, Evaluation
+from spectral_surgery.evaluating.evaluation import RECORDS, Evaluation
+from spectral_surgery.evaluating.records import Record, read_records, spell
+from spectral_surgery.evaluating.samples import is_run, read_run, read_samples
+from spectral_surgery.evaluating.variants import Candidates, load_variants, prepare_adapters, short_names
 from spectral_surgery.formats import DataOptions, Example, digest_of
 from spectral_surgery.live import Live
 from spectral_surgery.manifest import source_record
 from spectral_surgery.objective import answer_loss, greedy_answers
 from spectral_surgery.options import BatchOptions, ModelOptions
-from spectral_surgery.records import Record, read_records, spell
-from spectral_surgery.samples import is_run, read_run, read_samples
-from spectral_surgery.variants import Candidates, load_variants, prepare_adapters, short_names
 
 LONGEST_ANSWER = 256
 """Tokens above which exact answers are not generated: nobody writes the same page twice."""

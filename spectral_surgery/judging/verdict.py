@@ -14,8 +14,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from spectral_surgery.choosing import Confirmation, Judgement, joined
-from spectral_surgery.claims import (
+from spectral_surgery.judging.choosing import Confirmation, Judgement, joined
+from spectral_surgery.judging.claims import (
     FAMILIES,
     Claim,
     Contender,
@@ -25,10 +25,19 @@ from spectral_surgery.claims import (
     comparisons,
     gained,
 )
-from spectral_surgery.replaying import ErrorRate
-from spectral_surgery.rule import Rule, gain_interval, margins, p_value, pair, required, smallest_difference, spare
+from spectral_surgery.judging.replaying import ErrorRate
+from spectral_surgery.judging.rule import (
+    Rule,
+    gain_interval,
+    margins,
+    p_value,
+    pair,
+    required,
+    smallest_difference,
+    spare,
+)
+from spectral_surgery.judging.trials import BASE, UNEDITED, Measure, Split
 from spectral_surgery.statistics import Interval, mean_error
-from spectral_surgery.trials import BASE, UNEDITED, Measure, Split
 
 Outcome = Literal["refined", "leave_alone", "not_better_than_base"]
 UNSEEN_ROWS = 150

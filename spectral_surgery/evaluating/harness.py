@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from lm_eval.models.huggingface import HFLM
 
-from spectral_surgery.samples import Sample
-from spectral_surgery.tasks import quiet
+from spectral_surgery.evaluating.samples import Sample
+from spectral_surgery.evaluating.tasks import quiet
 
 SEED = 1234
 """lm-evaluation-harness's own default for few-shot examples, NumPy and torch."""

@@ -30,6 +30,7 @@ import numpy as np
 from jaxtyping import Float
 
 from spectral_surgery.errors import RunError
+from spectral_surgery.judging.trials import BASE, UNEDITED, Measure, RowSet, Split
 from spectral_surgery.statistics import (
     Interval,
     bootstrap_mean,
@@ -39,7 +40,6 @@ from spectral_surgery.statistics import (
     paired_proportions,
     paired_ratio,
 )
-from spectral_surgery.trials import BASE, UNEDITED, Measure, RowSet, Split
 
 FEWEST_GROUPS = 8
 """With fewer groups of rows the bootstrap shows nothing."""

@@ -1,0 +1,7 @@
+"""Benchmarks and paired comparison: lm-evaluation-harness around one loaded model, and every score beside another.
+
+``records`` (one scored example) and ``standings`` (paired differences) hold what is compared; ``samples`` reads the
+harness's own files. ``tasks``, ``row_tasks``, ``sentences`` and ``code_execution`` say what is scored and how,
+``suite`` checks a run before weights load, ``variants``, ``harness`` and ``serving`` run it. :mod:`.evaluation` and
+:mod:`.comparing` are the two jobs.
+"""
