@@ -222,7 +222,7 @@ def _at_least_float32(logits: Tensor) -> Tensor:
 
 def _batches(tokenized: Tokenized, batching: BatchOptions) -> list[Batch]:
     size = None if batching.batch_size == "auto" else batching.batch_size
-    return batches(tokenized, token_budget=batching.token_budget, batch_size=size)
+    return batches(tokenized, token_budget=batching.tokens, batch_size=size)
 
 
 @contextmanager

@@ -68,12 +68,16 @@ class DataOptions:
     """Configuration of a data set on the Hub, such as "main"; in a folder, a sub-folder."""
     data_split: str = "train"
     """Split to read; for a folder, the files named after it, or all files if none is."""
-    examples: int = 128
-    """How many examples are measured."""
+    examples: int | Literal["auto"] = 128
+    """How many examples are measured; auto measures more, up to 1024, until their standard errors decide a policy."""
     max_length: int = 1024
     """Longest example in tokens; a longer one loses the beginning of its prompt."""
     seed: int = 0
     """Seed of the order in which examples are taken."""
+
+    def count(self, auto: int = 128) -> int:
+        """Returns the most examples to take, where auto stands for a number."""
+        return auto if self.examples == "auto" else self.examples
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ zero singular value are not alive: they have no direction, no sensitivity, and a
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -139,6 +139,14 @@ class Measurement:
             )
         chosen = {path: self.modules[path] for path in paths}
         return Measurement(chosen, self.digests, self.losses, self.about)
+
+    def taken(self, order: Int[np.ndarray, " taken"]) -> Measurement:
+        """Returns the measurement of the examples at these positions."""
+        modules = {
+            path: replace(module, gate_gradient=module.gate_gradient[order], output_energy=module.output_energy[order])
+            for path, module in self.modules.items()
+        }
+        return Measurement(modules, tuple(self.digests[i] for i in order), self.losses[order], self.about)
 
     def _faults(self) -> Iterable[str]:
         if len(self.losses) != self.examples:

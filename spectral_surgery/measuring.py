@@ -14,6 +14,7 @@ import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from spectral_surgery import processes
 from spectral_surgery.adapter import Adapter
+from spectral_surgery.batching import Fitting, budget, indices_of, mask_of, on_device, size_of, split
 from spectral_surgery.calibration import (
     Batch,
     Tokenized,
@@ -32,6 +35,7 @@ from spectral_surgery.calibration import (
     split_examples,
     tokenize,
 )
+from spectral_surgery.enough import MOST, Needs, in_words, joined, until_sure
 from spectral_surgery.errors import DataError, RunError
 from spectral_surgery.formats import DataOptions, Example
 from spectral_surgery.live import Live, NotPerExampleError, Probe
@@ -77,6 +81,8 @@ class Prepared:
     model: ModelOptions
     about: dict[str, str]
     """Hashes and names, for the record."""
+    until_sure: bool = False
+    """Measure only as many of the examples as it takes; see :mod:`.enough`."""
 
 
 def prepare(
@@ -97,7 +103,7 @@ def prepare(
     config = load_config(adapter, model, tasks=TASKS)
     tokenizer = load_tokenizer(adapter, model)
     found = load_examples(str(data), data_options, tokenizer, adapter.folder)
-    count = min(data_options.examples, len(hash_order(found, data_options.seed)))
+    count = min(data_options.count(MOST), len(hash_order(found, data_options.seed)))
     examples = split_examples(found, (count, 0, 0), data_options.seed).calibration
     tokenized = _tokenized(examples, tokenizer, data_options.max_length, adapter, config)
     check_fits(adapter, config, trust_remote_code=model.trust_remote_code)
@@ -112,7 +118,8 @@ def prepare(
         "loss": "mean negative log-likelihood of the answer's tokens, nats per token",
         "run": json.dumps(run_record()),
     }
-    return Prepared(adapter, paths, tokenizer, examples, tokenized, model, about)
+    auto = data_options.examples == "auto"
+    return Prepared(adapter, paths, tokenizer, examples, tokenized, model, about, auto)
 
 
 def _tokenized(examples: list[Example], tokenizer: Any, longest: int, adapter: Adapter, config: Any) -> Tokenized:
@@ -184,20 +191,61 @@ def measure_prepared(
     batching: BatchOptions | None = None,
     *,
     loss: Loss = answer_loss,
+    needs: Needs = "ranking",
     progress: Progress | None = None,
 ) -> Measurement:
-    """Returns the sensitivities on the prepared examples; see :func:`measure`."""
+    """Returns the sensitivities on the prepared examples; see :func:`measure`.
+
+    Args:
+        prepared: What to measure.
+        live: The loaded model.
+        batching: How examples are batched.
+        loss: Per example.
+        needs: With ``--examples auto``, what has to be decided.
+        progress: Called with (examples done, examples in all).
+    """
     batching = batching or BatchOptions()
-    size = None if batching.batch_size == "auto" else batching.batch_size
-    return measure_live(
-        live,
-        batches(prepared.tokenized, token_budget=batching.token_budget, batch_size=size),
-        loss=loss,
-        digests=[example.digest for example in prepared.examples],
-        checkpointing=prepared.model.gradient_checkpointing,
-        progress=progress,
-        about=prepared.about,
+    total, tokens = len(prepared.examples), budget(live, prepared.model, batching)
+
+    def some(first: int, end: int) -> Measurement:
+        rows = Tokenized(prepared.tokenized.examples[first:end], 0)
+        size = None if batching.batch_size == "auto" else batching.batch_size
+        share = processes.mine(batches(rows, token_budget=tokens, batch_size=size))
+        numbers = sorted(index for batch in share for index in batch.indices)
+        found = [(numbers, run(share, [rows.examples[i].digest for i in numbers], first))] if share else []
+        return _gathered(processes.together(found))
+
+    def run(share: list[Batch], digests: list[str], first: int) -> Measurement:
+        return measure_live(
+            live,
+            share,
+            loss=loss,
+            digests=digests,
+            checkpointing=prepared.model.gradient_checkpointing,
+            progress=(lambda done, _: progress(first + done, total)) if progress else None,
+            about={**prepared.about, "processes": str(processes.count())},
+        )
+
+    if not prepared.until_sure:
+        return some(0, total)
+    found, looks = until_sure(some, total, needs)
+    return replace(
+        found,
+        about={
+            **found.about,
+            "data_sha256": data_digest(prepared.examples[: found.examples]),
+            "examples": "auto",
+            "looks": in_words(looks, needs),
+        },
     )
+
+
+def _gathered(parts: list[tuple[list[int], Measurement]]) -> Measurement:
+    """Returns the measurements that the processes made of their examples, in the examples' order."""
+    if len(parts) == 1:
+        return parts[0][1]
+    whole = reduce(joined, (measured for _, measured in parts))
+    return whole.taken(np.argsort([number for numbers, _ in parts for number in numbers]))
 
 
 def _rows(data: str | Path | Iterable[Any]) -> str | Path:
@@ -241,16 +289,17 @@ def measure_live(
         DataError: If there is no batch, or the loss does not give one value an example.
     """
     batches = list(batches)
-    total = sum(map(_size, batches))
+    total = sum(map(size_of, batches))
     if not total:
         raise DataError("There are no examples to measure on. Pass at least one batch.")
     order: list[int] = []
     parts: list[_Part] = []
     with live.still(checkpointing=checkpointing):
+        fitting = Fitting()
         together = total == len(batches) or not _indivisible(live)
         for batch in batches:
-            part, together = _measured(live, batch, loss, together)
-            order += _indices(batch, len(order))
+            part, together = _measured(live, batch, loss, fitting, together)
+            order += indices_of(batch, len(order))
             parts.append(part)
             if progress:
                 progress(len(order), total)
@@ -286,34 +335,24 @@ def _indivisible(live: Live) -> bool:
     return reason is not None
 
 
-def _measured(live: Live, batch: Any, loss: Loss, together: bool) -> tuple[_Part, bool]:
+def _measured(live: Live, batch: Any, loss: Loss, fitting: Fitting, together: bool) -> tuple[_Part, bool]:
     """Returns what a batch gives, and whether its examples could be told apart in one pass."""
+
+    def one_pass(part: Any) -> _Part:
+        return _one_pass(live, part, loss)
+
     if together:
         try:
-            return _fitted(live, batch, loss), True
+            return _Part.joined(fitting.run(one_pass, batch)), True
         except NotPerExampleError as error:
             log.warning("Measuring one example at a time: %s.", error)
-    return _Part.joined([_fitted(live, piece, loss) for piece in _split(batch, 1)]), False
-
-
-def _fitted(live: Live, batch: Any, loss: Loss) -> _Part:
-    """Returns what a batch gives, in halves where it does not fit into memory."""
-    try:
-        return _one_pass(live, batch, loss)
-    except torch.OutOfMemoryError as error:
-        if _size(batch) == 1:
-            raise RunError(
-                "One example alone needs more memory than there is. Use --gradient-checkpointing, --load-in-4bit or a "
-                "smaller --max-length."
-            ) from error
-        log.warning("Out of memory with %d examples at once; going on with half of them.", _size(batch))
-    return _Part.joined([_fitted(live, half, loss) for half in _split(batch, (_size(batch) + 1) // 2)])
+    return _Part.joined([part for piece in split(batch, 1) for part in fitting.run(one_pass, piece)]), False
 
 
 def _one_pass(live: Live, batch: Any, loss: Loss) -> _Part:
-    batch = _to(batch, live.device)
-    size = _size(batch)
-    probe = Probe(size, _mask(batch))
+    batch = on_device(batch, live.device)
+    size = size_of(batch)
+    probe = Probe(size, mask_of(batch))
     with torch.enable_grad(), live.probing(probe):
         losses = loss(live.model, batch)
         if losses.shape != (size,):
@@ -352,43 +391,6 @@ def _assembled(
     about = {"adapter_sha256": live.adapter.digest, **about}
     names = tuple(digests) if digests is not None else tuple(map(str, range(len(order))))
     return Measurement(modules, names, whole.losses[order], about)
-
-
-def _size(batch: Any) -> int:
-    return len(_tensors(batch)[0])
-
-
-def _indices(batch: Any, done: int) -> list[int]:
-    return list(getattr(batch, "indices", range(done, done + _size(batch))))
-
-
-def _tensors(batch: Any) -> list[Tensor]:
-    values = batch.values() if isinstance(batch, Mapping) else vars(batch).values()
-    return [value for value in values if isinstance(value, Tensor)]
-
-
-def _to(batch: Any, device: torch.device) -> Any:
-    if isinstance(batch, Mapping):
-        return {key: v.to(device) if isinstance(v, Tensor) else v for key, v in batch.items()}
-    return batch.to(device)
-
-
-def _split(batch: Any, size: int) -> list[Any]:
-    """Returns the batch in pieces of at most ``size`` examples."""
-    return [_part(batch, slice(start, start + size)) for start in range(0, _size(batch), size)]
-
-
-def _part(batch: Any, rows: slice) -> Any:
-    if isinstance(batch, Batch):
-        return batch[rows]
-    fields = dict(batch) if isinstance(batch, Mapping) else vars(batch)
-    piece = {key: value[rows] if isinstance(value, Tensor) else value for key, value in fields.items()}
-    return piece if isinstance(batch, Mapping) else replace(batch, **piece)
-
-
-def _mask(batch: Any) -> Tensor | None:
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else getattr(batch, "attention_mask", None)
-    return mask if mask is not None and mask.ndim == 2 else None
 
 
 def _array(tensor: Tensor | None) -> np.ndarray:

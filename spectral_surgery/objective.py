@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from typing import Any, TypeVar
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from spectral_surgery.calibration import Batch
+from spectral_surgery.calibration import IGNORED, Batch
 from spectral_surgery.errors import RunError
 from spectral_surgery.paired import apart_logits, is_apart
 
@@ -26,15 +27,117 @@ log = logging.getLogger(__name__)
 Part = TypeVar("Part", Batch, list[int])
 Result = TypeVar("Result")
 
+AT_ONCE = 2**24
+"""Logits that are held in float32 at a time: 64 MiB, and as much for their softmax."""
+
 Loss = Callable[[Any, Any], Tensor]
 """(model, batch) -> one differentiable loss an example, shape (examples,)."""
 
 
 def answer_loss(model: Any, batch: Batch) -> Float[Tensor, " examples"]:
     """Returns each example's mean negative log-likelihood over its answer tokens, in nats per token."""
-    logits, labels = answer_logits(model, batch)
-    loss = cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="none")
-    return loss.view(labels.shape).sum(1) / (labels != -100).sum(1)
+    logits, labels, mask = _at_answers(model, batch)
+    losses = token_losses(logits, labels)
+    return losses.new_zeros(mask.shape).masked_scatter(mask, losses).sum(1) / mask.sum(1)
+
+
+def token_losses(
+    logits: Float[Tensor, "tokens vocabulary"], labels: Int64[Tensor, " tokens"]
+) -> Float[Tensor, " tokens"]:
+    """Returns the cross-entropy at every token, in nats, at least in float32; differentiable once.
+
+    Only some tokens' logits are in float32 at a time, forward and backward, so a large vocabulary in bfloat16 takes
+    the logits themselves and their gradient, and nothing else of that size.
+    """
+    return _TokenLosses.apply(logits, labels)
+
+
+class _TokenLosses(torch.autograd.Function):
+    """``logsumexp(logits) - logits[label]``; the softmax of the backward pass is recomputed from the logits."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
+        pieces = zip(_pieces(logits), _pieces(labels, logits), strict=True)
+        losses = [cross_entropy(_exact(some), wanted, reduction="none") for some, wanted in pieces]
+        ctx.save_for_backward(logits, labels)
+        return torch.cat(losses)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        logits, labels = ctx.saved_tensors
+        by_logits = torch.empty_like(logits)
+        every = (_pieces(logits), _pieces(labels, logits), _pieces(grad, logits), _pieces(by_logits))
+        for some, wanted, weight, result in zip(*every, strict=True):
+            likely = _exact(some).softmax(-1)
+            likely.scatter_add_(1, wanted[:, None], likely.new_full((len(wanted), 1), -1.0))
+            result.copy_(likely.mul_(weight[:, None]))
+        return by_logits, None
+
+
+def _pieces(values: Tensor, logits: Tensor | None = None) -> tuple[Tensor, ...]:
+    """Returns values in pieces of as many tokens as have :data:`AT_ONCE` logits."""
+    vocabulary = (values if logits is None else logits).shape[-1]
+    return values.split(max(AT_ONCE // vocabulary, 1))
+
+
+def _exact(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _at_answers(
+    model: Any, batch: Batch
+) -> tuple[Float[Tensor, "tokens vocabulary"], Int64[Tensor, " tokens"], Bool[Tensor, "examples wanted"]]:
+    """Returns logits and label of every answer token, example after example, and where the examples have any.
+
+    Each example's own positions alone go through the model's head, where that is a module that no adapter changes.
+    """
+    if is_apart(model):
+        logits, labels = apart_logits(model, batch)
+        packed = False
+    else:
+        with _packing(_head(model), batch.labels[:, 1:] != IGNORED) as seen:
+            logits, labels = _logits(model, batch)
+        packed = bool(seen)
+    mask = labels != IGNORED
+    return (logits[0] if packed else logits[mask]), labels[mask], mask
+
+
+def _head(model: Any) -> Any:
+    """Returns the module that makes logits, or None where there is none or an adapter works on it."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    try:
+        head = base.get_output_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+    return None if hasattr(head, "base_layer") else head
+
+
+@contextmanager
+def _packing(head: Any, mask: Bool[Tensor, "examples positions"]) -> Iterator[list[bool]]:
+    """Lets only the masked positions through a head while open: (examples, positions, in) becomes (1, tokens, in).
+
+    Yields:
+        A list that is empty until the head has taken them so.
+    """
+    packed: list[bool] = []
+    if head is None:
+        yield packed
+        return
+    wanted = mask[:, mask.any(0)]
+
+    def pack(module: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        hidden = inputs[0]
+        some = {wanted.shape: wanted, (len(mask), mask.shape[1] + 1): mask}.get(hidden.shape[:2])
+        if hidden.ndim != 3 or some is None:
+            return None
+        packed.append(True)
+        return (hidden[:, : some.shape[1]][some.to(hidden.device)][None], *inputs[1:])
+
+    handle = head.register_forward_pre_hook(pack)
+    try:
+        yield packed
+    finally:
+        handle.remove()
 
 
 def answer_logits(
@@ -45,13 +148,15 @@ def answer_logits(
     Logits are computed only at positions that predict an answer token of some example in the batch, where the model's
     forward has ``logits_to_keep``. Encoder-decoders and classifiers take prompt and answer apart.
     """
-    if is_apart(model):
-        return apart_logits(model, batch)
+    return apart_logits(model, batch) if is_apart(model) else _logits(model, batch)
+
+
+def _logits(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     labels = batch.labels[:, 1:]
-    wanted = (labels != -100).any(0).nonzero()[:, 0]
+    wanted = (labels != IGNORED).any(0).nonzero()[:, 0]
     keep = {"logits_to_keep": wanted} if _keeps_logits(model) else {}
     logits = model(**batch.inputs, use_cache=False, **keep).logits
-    if logits.shape[1] != len(wanted):
+    if logits.shape[:2] == batch.labels.shape:
         logits = logits[:, wanted]
     return logits, labels[:, wanted]
 

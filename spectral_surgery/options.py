@@ -42,5 +42,11 @@ class BatchOptions:
 
     batch_size: int | Literal["auto"] = "auto"
     """Examples in a batch; auto fills batches of like length up to --token-budget."""
-    token_budget: int = 4096
-    """Most tokens in a batch, padding included; less needs less memory."""
+    token_budget: int | Literal["auto"] = "auto"
+    """Most tokens in a batch, padding included; auto, when measuring, what fits into a GPU's free memory, and 512 on a
+    CPU; elsewhere 4096."""
+
+    @property
+    def tokens(self) -> int:
+        """The budget, where auto stands for a number."""
+        return 4096 if self.token_budget == "auto" else self.token_budget

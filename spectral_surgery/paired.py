@@ -61,7 +61,7 @@ def _class(example: Example, config: Any) -> int:
 def is_apart(model: Any) -> bool:
     """Returns whether a model takes prompt and answer apart."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return bool(getattr(base.config, "is_encoder_decoder", False)) or _classifies(base)
+    return bool(getattr(getattr(base, "config", None), "is_encoder_decoder", False)) or _classifies(base)
 
 
 def _classifies(base: Any) -> bool:

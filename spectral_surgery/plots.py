@@ -69,7 +69,7 @@ def save(inspections: Sequence[Inspection], folder: Path, extension: str = "pdf"
         "spectra": lambda: fan(inspections),
         "sensitivities": lambda: sensitivities(inspections),
     }
-    return _save(made, folder, extension)
+    return save_made(made, folder, extension)
 
 
 def save_weights(found: WeightComparison, folder: Path, extension: str = "pdf") -> list[Path]:
@@ -79,10 +79,16 @@ def save_weights(found: WeightComparison, folder: Path, extension: str = "pdf") 
         InputError: If matplotlib is not installed, or the format is unknown.
         OutputError: If the folder is a file.
     """
-    return _save({"weights": lambda: weights(found)}, folder, extension)
+    return save_made({"weights": lambda: weights(found)}, folder, extension)
 
 
-def _save(made: Mapping[str, Callable[[], Figure | None]], folder: Path, extension: str) -> list[Path]:
+def save_made(made: Mapping[str, Callable[[], Figure | None]], folder: Path, extension: str) -> list[Path]:
+    """Draws figures by name in the house style, writes those that are not None, and returns the paths.
+
+    Raises:
+        InputError: If matplotlib is not installed, or the format is unknown.
+        OutputError: If the folder is a file.
+    """
     if extension not in FORMATS:
         raise InputError(f"Figures cannot be written as {extension!r}. Choose {', '.join(FORMATS)}.")
     if folder.exists() and not folder.is_dir():
@@ -112,7 +118,8 @@ def _without_date(extension: str) -> dict[str, None]:
     return {"pdf": {"CreationDate": None}, "svg": {"Date": None}}.get(extension, {})
 
 
-def _figure(width: float, height: float) -> Figure:
+def canvas(width: float, height: float) -> Figure:
+    """Returns an empty figure of so many inches."""
     from matplotlib.figure import Figure as Canvas
 
     return Canvas(figsize=(width, height), layout="constrained")
@@ -135,7 +142,7 @@ def wall(inspections: Sequence[Inspection], side: str) -> Figure | None:
     kinds = list(dict.fromkeys(matrix.group for row in found for matrix in row))
     if not kinds:
         return None
-    figure = _figure(0.9 + CELL * len(kinds), 0.45 + (CELL + 0.35) * len(inspections))
+    figure = canvas(0.9 + CELL * len(kinds), 0.45 + (CELL + 0.35) * len(inspections))
     grid = figure.subplots(len(inspections), len(kinds), squeeze=False, sharey=True)
     for axes, inspection, row in zip(grid, inspections, found, strict=True):
         by_kind = {matrix.group: matrix for matrix in row}
@@ -180,7 +187,7 @@ def synergy(inspections: Sequence[Inspection]) -> Figure | None:
     names = _pairs(inspections)
     if not names:
         return None
-    figure = _figure(3.4 * min(2, len(names)), 2.2 * math.ceil(len(names) / 2))
+    figure = canvas(3.4 * min(2, len(names)), 2.2 * math.ceil(len(names) / 2))
     grid = figure.subplots(math.ceil(len(names) / 2), min(2, len(names)), squeeze=False, sharex=True, sharey=True)
     for axis, name in zip(grid.flat, names, strict=False):
         _synergy(axis, name, inspections)
@@ -237,7 +244,7 @@ def fan(inspections: Sequence[Inspection]) -> Figure | None:
     names = list(dict.fromkeys(group.name for inspection in inspections for group in inspection.groups))
     if not any(module.frobenius for inspection in inspections for module in inspection.modules.values()):
         return None
-    figure = _figure(0.9 + 1.15 * len(names), 0.5 + 1.45 * len(inspections))
+    figure = canvas(0.9 + 1.15 * len(names), 0.5 + 1.45 * len(inspections))
     grid = figure.subplots(len(inspections), len(names), squeeze=False, sharex=True, sharey=True)
     for axes, inspection in zip(grid, inspections, strict=True):
         for axis, name in zip(axes, names, strict=True):
@@ -283,7 +290,7 @@ def sensitivities(inspections: Sequence[Inspection]) -> Figure | None:
     names = list(dict.fromkeys(group.name for inspection in measured for group in inspection.groups))
     if not names:
         return None
-    figure = _figure(1.1 + 1.25 * len(names), 0.4 + 2.9 * len(measured))
+    figure = canvas(1.1 + 1.25 * len(names), 0.4 + 2.9 * len(measured))
     grid = figure.subplots(2 * len(measured), len(names), squeeze=False, sharex=True, sharey="row")
     for row, inspection in enumerate(measured):
         for axes, name in zip(grid[2 * row : 2 * row + 2].T, names, strict=True):
@@ -333,7 +340,7 @@ def weights(found: WeightComparison) -> Figure | None:
     no change, and what random directions give.
     """
     kinds = found.groups
-    figure = _figure(0.9 + 1.25 * len(kinds), 4.2)
+    figure = canvas(0.9 + 1.25 * len(kinds), 4.2)
     grid = figure.subplots(3, len(kinds), squeeze=False, sharex=True, sharey="row")
     for axes, group in zip(grid.T, kinds, strict=True):
         studies = [found.studies[path] for path in group.paths]

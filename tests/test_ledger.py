@@ -33,7 +33,7 @@ def test_other_runs_on_the_same_rows_count_and_the_same_run_does_not(folder: Pat
     note(ROWS, "one", outcome="refined")
     assert (earlier(ROWS, "one"), earlier(ROWS, "two"), earlier(digest_of(["c"]), "two")) == (0, 1, 0)
     note(ROWS, "two")
-    assert (earlier(ROWS, "one"), earlier(ROWS, "three")) == (1, 2)
+    assert (earlier(ROWS, "one"), earlier(ROWS, "two"), earlier(ROWS, "three")) == (0, 1, 2), "the first stays first"
     lines = [json.loads(line) for line in (folder / NAME).read_text().splitlines()]
     assert [line["run"] for line in lines] == ["one", "two"]
     assert lines[0]["outcome"] == "refined"

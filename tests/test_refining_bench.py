@@ -106,12 +106,12 @@ def test_clear_losers_are_dropped_early_and_what_is_always_wanted_stays(live: Li
     told: list[tuple[str, int, int]] = []
     found = halved(made, everything, [BASE, UNEDITED, "strength 0.5"], part(200, 160), lambda *at: told.append(at))
     assert set(found.names) == {BASE, UNEDITED, "strength 0.9", "strength 0.8", "strength 0.5"}
-    assert found.dropped == {"strength 0.7": 50, "strength 0.6": 50}
-    assert [size for at, size in task.scored if at == 0.7] == [50]
-    assert [size for at, size in task.scored if at == 0.9] == [50, 150]
-    assert [size for at, size in skills.scored if at == 0.9] == [40, 120]
+    assert found.dropped == {"strength 0.7": 32, "strength 0.6": 32}
+    assert [size for at, size in task.scored if at == 0.7] == [32]
+    assert [size for at, size in task.scored if at == 0.9] == [32, 43, 125]
+    assert [size for at, size in skills.scored if at == 0.9] == [32, 28, 100]
     assert told[6] == ("trying", 7, 7)
-    assert told[-1] == ("trying on", 5, 5)
+    assert told[-1] == ("trying", 5, 5)
 
 
 def test_dropped_ones_are_dominated_and_the_edge_never_is_dropped(live: Live, tmp_path: Path) -> None:

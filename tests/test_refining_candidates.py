@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from spectral_surgery.measurement import Measurement, ModuleMeasurement
 from spectral_surgery.measuring import measure_live
 from spectral_surgery.objective import greedy_answers
 from spectral_surgery.policies import Gates
+from spectral_surgery.refining.cache import Cache
 from spectral_surgery.refining.candidates import (
     POWERS,
     STRENGTHS,
@@ -284,9 +286,9 @@ def test_what_has_no_gates_is_written_as_it_is(live: Live, tried: list[Candidate
 # -- temperature ------------------------------------------------------------------------------------------------------
 
 
-def test_a_temperature_changes_losses_and_no_greedy_answer(live: Live) -> None:
+def test_a_temperature_changes_losses_and_no_greedy_answer(live: Live, tmp_path: Path) -> None:
     tokens = rows()
-    found = temperature(live, Rows([], tokens))
+    found = temperature(live, Rows([], tokens), Cache(tmp_path, "context"))
     plain = per_example(live, tokens, answer_loss_of)
     prompts = [row.input_ids[: row.answer_start] for row in tokens.examples]
     said = greedy_answers(live.model, live.tokenizer, prompts, max_new_tokens=8)
@@ -301,7 +303,7 @@ def test_a_temperature_changes_losses_and_no_greedy_answer(live: Live) -> None:
 
 
 @torch.no_grad()
-def test_it_is_the_best_one_on_these_rows(live: Live) -> None:
+def test_it_is_the_best_one_on_these_rows(live: Live, tmp_path: Path) -> None:
     tokens = rows()
 
     def loss(T: float) -> float:
@@ -313,7 +315,7 @@ def test_it_is_the_best_one_on_these_rows(live: Live) -> None:
         return total / len(tokens.examples)
 
     grid = np.exp(np.linspace(-1.4, 1.4, 29))
-    found = temperature(live, Rows([], tokens))
+    found = temperature(live, Rows([], tokens), Cache(tmp_path, "context"))
     assert loss(found.temperature) <= min(map(loss, grid)) + 1e-3
     by_hand = loss(found.temperature)
     with found.open(live):

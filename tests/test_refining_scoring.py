@@ -245,7 +245,7 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 def test_your_own_function_scores_the_greedy_answers(live: Live, module: str) -> None:
     path, some = list(sys.path), rows()
-    objective = custom_objective(f"{module}:lengths")
+    objective = custom_objective(f"{module}:lengths", BatchOptions())
     assert sys.path == path
     said = answers(live, some, MANY)
     wanted = [len(a) - 0.5 * len(row.answer) for a, row in zip(said, some.examples, strict=True)]
@@ -267,7 +267,7 @@ def test_your_own_function_scores_the_greedy_answers(live: Live, module: str) ->
 )
 def test_what_your_function_does_wrong_is_said(live: Live, module: str, function: str, said: str) -> None:
     with pytest.raises(RunError, match=said):
-        custom_objective(f"{module}:{function}").score(live, rows())
+        custom_objective(f"{module}:{function}", BatchOptions()).score(live, rows())
 
 
 @pytest.mark.parametrize(

@@ -114,7 +114,11 @@ class Adapter:
         """
         from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
-        there = get_peft_model_state_dict(model, adapter_name=adapter_name)
+        # "auto" would ask the Hub for the base's configuration each time.
+        embedded = any(name.endswith((".base_layer.weight", "embed_tokens.weight")) for name in self.tensors)
+        there = get_peft_model_state_dict(
+            model, adapter_name=adapter_name, save_embedding_layers="auto" if embedded else False
+        )
         different = sorted(set(there) ^ set(self.tensors)) or [
             name for name in there if there[name].shape != self.tensors[name].shape
         ]

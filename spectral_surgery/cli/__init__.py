@@ -17,11 +17,14 @@ from spectral_surgery.cli import console
 from spectral_surgery.cli.commands import Command, Demo, Edit, Measure, Restore
 from spectral_surgery.cli.compare import Compare
 from spectral_surgery.cli.convert import Convert
+from spectral_surgery.cli.estimate import Estimate
 from spectral_surgery.cli.evaluate import Evaluate
 from spectral_surgery.cli.export import Export
 from spectral_surgery.cli.inspect import Inspect
 from spectral_surgery.cli.refine import Refine
+from spectral_surgery.cli.report import Report
 from spectral_surgery.cli.speclora import SpecLora
+from spectral_surgery.cli.sweep import Sweep
 from spectral_surgery.cli.train import Train
 from spectral_surgery.cli.weights import Weights
 from spectral_surgery.errors import SpectralSurgeryError
@@ -32,10 +35,13 @@ COMMANDS = (
     Compare,
     Export,
     Demo,
+    Estimate,
     Measure,
     Edit,
     Restore,
     Evaluate,
+    Sweep,
+    Report,
     Train,
     SpecLora,
     Weights,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -89,12 +90,13 @@ class Measuring(OfAdapter):
         first = preview(prepared.tokenized.examples[0], prepared.tokenizer)
         print(f"Base model: {prepared.about['base_model']}")
         print(f"Modules: {len(prepared.paths)} of {len(adapter.updates)}, {_kinds(prepared.paths)}")
-        print(f"Measuring rows: {len(prepared.examples)} ({prepared.tokenized.truncated} shortened to fit)")
+        most = "as many as it takes, at most " if prepared.until_sure else ""
+        print(f"Measuring rows: {most}{len(prepared.examples)} ({prepared.tokenized.truncated} shortened to fit)")
         print(f"The first, its answer in [[ ]]: {first if len(first) <= 400 else f'... {first[-400:]}'}")
         return prepared
 
-    def measure(self, prepared: Prepared) -> Measurement:
-        """Loads the base model and returns the measurement.
+    def measure(self, prepared: Prepared, needs: Literal["ranking", "signs"] = "ranking") -> Measurement:
+        """Loads the base model and returns the measurement; with --examples auto until what is needed is decided.
 
         Raises:
             RunError: If it fails midway.
@@ -103,7 +105,10 @@ class Measuring(OfAdapter):
 
         live = load_prepared(prepared)
         with console.progress("measuring", "rows") as progress:
-            return measure_prepared(prepared, live, self.batching, progress=progress)
+            measured = measure_prepared(prepared, live, self.batching, needs=needs, progress=progress)
+        if "looks" in measured.about:
+            print(measured.about["looks"])
+        return measured
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +129,13 @@ class Measure(Measuring):
 
     def run(self) -> None:
         """Writes the sensitivity file."""
+        from spectral_surgery import processes
+
+        with redirect_stdout(None) if processes.rank() else nullcontext():
+            self._measure()
+
+    def _measure(self) -> None:
+        from spectral_surgery import processes
         from spectral_surgery import sensitivity_file as file
 
         output = self.output or Path(f"{Path(self.adapter).name}.sensitivity.safetensors")
@@ -133,6 +145,8 @@ class Measure(Measuring):
             print(f"Would measure and write {output}.")
             return
         measured = self.measure(prepared)
+        if processes.rank():
+            return
         file.save_measurement(measured, output, overwrite=self.overwrite)
         print(f"Measured {measured.examples} rows, mean loss {measured.losses.mean():.4f} nats per token.")
         print(
@@ -233,7 +247,8 @@ class Edit(Measuring):
         if not self.data:
             return None
         prepared = self.prepare(adapter, self.data)
-        return None if self.dry_run else self.measure(prepared)
+        needs: Literal["ranking", "signs"] = "signs" if policies.row(policy).name == "grad_direction" else "ranking"
+        return None if self.dry_run else self.measure(prepared, needs)
 
 
 @dataclass(frozen=True, kw_only=True)

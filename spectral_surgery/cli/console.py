@@ -61,7 +61,7 @@ def progress(what: str, unit: str = "examples") -> Iterator[Callable[[int, int],
         tenth = 10 * done // total
         if tenth > shown:
             shown = tenth
-            print(f"{what}: {done} of {total} {unit}", file=sys.stderr)
+            print(f"{what}: {done} of {total} {unit}".rstrip(), file=sys.stderr)
 
     yield line
 

@@ -25,6 +25,8 @@ from spectral_surgery.report import summary, unavailable
 
 TASK = ("calibration", "validation", "test")
 SKILLS = ("skills",)
+THREADS = 2
+"""So small a model loses more than it gains by sharing its work among more."""
 OPTIONS = {"objective": "exact", "ladder": "paper"}
 
 
@@ -39,7 +41,7 @@ def run(output: Path, *, overwrite: bool, progress: Progress | None = None) -> s
     check_folder(output, overwrite=overwrite, adapter=adapter)
     (output / CACHE).mkdir(parents=True, exist_ok=True)
     data, keep = _written(output / "rows.jsonl", TASK), _written(output / "keep.jsonl", SKILLS)
-    torch.set_num_threads(1)  # so small a model loses more by sharing its work than it gains
+    torch.set_num_threads(min(THREADS, torch.get_num_threads()))
     job = prepare(
         adapter,
         str(data),

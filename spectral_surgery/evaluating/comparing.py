@@ -181,7 +181,7 @@ def prepare_pair(
     candidates = prepare_adapters([a, b], model)
     found = load_examples(data, rows, candidates.tokenizer, candidates.first.folder)
     available = len(hash_order(found, rows.seed))
-    examples = split_examples(found, (min(rows.examples, available), 0, 0), rows.seed).calibration
+    examples = split_examples(found, (min(rows.count(1000), available), 0, 0), rows.seed).calibration
     return Pair(candidates, data, examples, tokenize(examples, candidates.tokenizer, rows.max_length), available)
 
 
@@ -237,7 +237,7 @@ def _losses(live: Live, tokenized: Tokenized, batching: BatchOptions) -> list[fl
 
     size = None if batching.batch_size == "auto" else batching.batch_size
     losses = [0.0] * len(tokenized.examples)
-    for batch in batches(tokenized, token_budget=batching.token_budget, batch_size=size):
+    for batch in batches(tokenized, token_budget=batching.tokens, batch_size=size):
         with torch.no_grad():
             found = answer_loss(live.model, batch.to(live.device)).tolist()
         for index, loss in zip(batch.indices, found, strict=True):

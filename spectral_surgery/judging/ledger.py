@@ -41,15 +41,20 @@ def ledger_path() -> Path:
 
 
 def earlier(test_digest: str, run_key: str) -> int:
-    """Returns how many other runs gave a verdict on these test rows.
+    """Returns how many other runs gave a verdict on these test rows before this one did first.
 
     Args:
         test_digest: :func:`digest_of` the test rows.
         run_key: Hash of everything that the run depends on: a run that is repeated or resumed is the same run.
     """
     with _warned("read"):
-        runs = {entry["run"] for entry in _entries(ledger_path()) if entry["test"] == test_digest}
-        return len(runs - {run_key})
+        before: set[str] = set()
+        for entry in _entries(ledger_path()):
+            if entry["test"] == test_digest:
+                if entry["run"] == run_key:  # repeated: what came after its first verdict does not count
+                    break
+                before.add(entry["run"])
+        return len(before)
     return 0
 
 

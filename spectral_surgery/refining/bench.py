@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -142,12 +142,24 @@ class Tried:
         return list(self.split.scores)
 
 
-def halved(
-    bench: Bench, candidates: Sequence[Candidate], always: Iterable[str], part: Part, progress: Progress | None
-) -> Tried:
-    """Returns scores on all rows of those candidates that are no clear losers on the first quarter.
+RUNGS = (1 / 8, 3 / 8)
+"""Shares of the rows after which clear losers are dropped."""
+FEWEST_ROWS = 32
+"""On fewer nothing is dropped."""
 
-    After a quarter of the rows the half of the candidates goes on that is dominated by the fewest others; ties go on.
+
+def halved(
+    bench: Bench,
+    candidates: Sequence[Candidate],
+    always: Iterable[str],
+    part: Part,
+    progress: Progress | None,
+    rungs: Sequence[float] = RUNGS,
+) -> Tried:
+    """Returns scores on all rows of those candidates that are no clear losers on the first of them.
+
+    Successive halving: at each rung the half of the candidates goes on that is dominated by the fewest others; ties
+    go on.
 
     Args:
         bench: The loaded model.
@@ -155,30 +167,39 @@ def halved(
         always: Names that go on in any case.
         part: The rows.
         progress: Called while scoring.
+        rungs: Shares of the rows after which losers are dropped.
     """
-    first = part.first(max(32, len(part.task) // 4), max(32, len(part.keep) // 4))
-    rest = part.after(first)
-    early = bench.tried(candidates, first, "trying", progress)
-    split = bench.split(first, early)
-    kept = {*always, *_best_half(split)}
-    survivors = [candidate for candidate in candidates if candidate.name in kept]
-    late = bench.tried(survivors, rest, "trying on", progress) if len(rest.task) or len(rest.keep) else None
-    whole = {name: _appended(early[name], late[name]) if late else early[name] for name in _names(survivors)}
-    dropped = {name: len(first.task) for name in _names(candidates) if name not in kept}
-    return Tried(bench.split(part, whole), dropped)
+    kept, always = list(candidates), set(always)
+    scores: dict[str, Scores] = {}
+    dropped: dict[str, int] = {}
+    done = part.first(0, 0)
+    for share in (*rungs, 1.0):
+        reached = part.first(*(_at_least(share, len(rows)) for rows in (part.task, part.keep)))
+        found = bench.tried(kept, reached.after(done), "trying", progress)
+        scores = {name: _appended(scores[name], found[name]) if scores else found[name] for name in found}
+        done = reached
+        if share < 1:
+            going_on = always | set(_best_half(bench.split(done, scores), always))
+            dropped |= {one.name: len(done.task) for one in kept if one.name not in going_on}
+            kept = [one for one in kept if one.name in going_on]
+            scores = {name: scores[name] for name in scores if name in going_on}
+    return Tried(bench.split(part, scores), dropped)
 
 
-def _names(candidates: Iterable[Candidate]) -> list[str]:
-    return [candidate.name for candidate in candidates]
+def _at_least(share: float, rows: int) -> int:
+    return min(rows, max(FEWEST_ROWS, round(share * rows)))
 
 
 def _appended(early: Scores, late: Scores) -> Scores:
     return Scores(np.concatenate([early.task, late.task]), np.concatenate([early.skills, late.skills]))
 
 
-def _best_half(split: Split) -> list[str]:
+def _best_half(split: Split, always: Container[str]) -> list[str]:
+    """Returns which go on: the half of those not in ``always`` that fewest dominate, and any that only one does."""
     names = list(split.scores)
     sign = [-1.0 if measure.lower_is_better else 1.0 for measure in (split.task, split.skills)]
     means = np.array([[sign[0] * s.task.mean(), sign[1] * s.skills.mean()] for s in split.scores.values()])
     beaten = ((means[:, None] <= means).all(2) & (means[:, None] < means).any(2)).sum(1)
-    return [name for name, count in zip(names, beaten, strict=True) if count <= np.median(beaten)]
+    others = [count for name, count in zip(names, beaten, strict=True) if name not in always]
+    limit = max(1.0, float(np.median(others))) if others else 0.0
+    return [name for name, count in zip(names, beaten, strict=True) if count <= limit]

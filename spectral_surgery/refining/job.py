@@ -60,7 +60,14 @@ class Job:
     def context(self) -> str:
         """Hash of what every result depends on."""
         options, rows = self.options, self.rows
-        ways = [options.objective, options.normalise, options.keep_tokens, rows.max_length, rows.seed]
+        ways = [
+            options.objective,
+            self.objective.source,
+            options.normalise,
+            options.keep_tokens,
+            rows.max_length,
+            rows.seed,
+        ]
         found = [__version__, self.adapter.digest, self.base_model, self.paths, ways, asdict(self.model)]
         return ledger.digest_of([json.dumps(found)])
 
@@ -130,4 +137,4 @@ def _objective(options: RefineOptions, task: TaskRows, batching: BatchOptions) -
     if options.objective == "choice":
         examples = [*task.measuring.examples, *task.validation.examples, *task.test.examples]
         return choice_objective(choices_of(examples), batching)
-    return custom_objective(options.objective)
+    return custom_objective(options.objective, batching)

@@ -145,7 +145,7 @@ def _measurement(
     def write(path: Path) -> None:
         found = measure_live(
             live,
-            batches(rows.tokenized, token_budget=job.batching.token_budget),
+            batches(rows.tokenized, token_budget=job.batching.tokens),
             loss=loss_of(rows.tokenized),
             digests=digests,
             checkpointing=job.model.gradient_checkpointing,

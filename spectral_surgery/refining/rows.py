@@ -76,7 +76,7 @@ def task_rows(
             f"{source} has {count} different rows, expected at least {FEWEST}: with so few, differences under "
             f"{100 * smallest_difference(max(count // 2, 1)):.0f} points cannot be shown. Pass more rows."
         )
-    measuring = min(options.examples, count // 3)
+    measuring = min(options.count(), count // 3)
     swapped = count - measuring < FEW_ROWS
     validation = (count - measuring) // 2 if swapped else min(MOST_VALIDATION, (count - measuring) // 3)
     splits = split_examples(rows, (measuring, validation, 0), options.seed)
@@ -95,7 +95,7 @@ def task_rows(
         as_rows(splits.calibration),
         as_rows(splits.validation),
         as_rows(test),
-        as_rows(hash_order(seen, options.seed)[: options.examples]) if data and seen else None,
+        as_rows(hash_order(seen, options.seed)[: options.count()]) if data and seen else None,
         seen_only=not data,
         swapped=swapped,
         duplicates=splits.duplicates,
@@ -144,7 +144,7 @@ def keep_rows(
             f"at least {FEWEST}: a third each to measure on, to choose on and to test on. Pass more, or --keep auto."
         )
     measuring, validation, test = split_keep(keep, rows.seed)
-    return replace(measuring, rows=measuring.rows[: rows.examples]), validation, test
+    return replace(measuring, rows=measuring.rows[: rows.count()]), validation, test
 
 
 def row_set(examples: Sequence[Example], categories: Sequence[str] | None = None) -> RowSet:

@@ -23,7 +23,7 @@ from spectral_surgery.judging.rule import merit
 from spectral_surgery.judging.trials import BASE, UNEDITED
 from spectral_surgery.judging.verdict import Verdict, decide
 from spectral_surgery.live.loading import load
-from spectral_surgery.refining.bench import Progress, Times, Tried, halved
+from spectral_surgery.refining.bench import RUNGS, Progress, Times, Tried, halved
 from spectral_surgery.refining.cache import Cache
 from spectral_surgery.refining.candidates import RIVALS, Candidate, references
 from spectral_surgery.refining.descent import Steps
@@ -102,7 +102,7 @@ def _ladder(ready: Ready, evidence: Evidence, size: Extent, progress: Progress |
     job, live = ready.job, ready.bench.live
     found = ladder(live, evidence, job.options, size, ready.bench.cache, job.rows.seed, progress)
     if ready.bench.task.measure.lower_is_better:
-        found.append(temperature(live, ready.measuring.task))
+        found.append(temperature(live, ready.measuring.task, ready.bench.cache))
     return found
 
 
@@ -124,7 +124,8 @@ def _judged(
     level = rule.level(ledger.earlier(job.test_digest, job.run_key))
     with times.of("trying"):
         part = ready.validation + ready.test if job.task.swapped else ready.validation
-        tried = halved(bench, candidates, always, part, progress)
+        # Halves that also confirm must not decide who is scored on them.
+        tried = halved(bench, candidates, always, part, progress, () if job.task.swapped else RUNGS)
     edits = [name for name in edits if name in tried.split.scores]
     with times.of("confirming"):
         if job.task.swapped:
@@ -184,7 +185,7 @@ def _random(
     """
     if not count or not shuffled(winner.gates, evidence.task):
         return None
-    part = ready.test.first(32, 24)
+    part = ready.test.first(24, 16)
     bench = replace(
         ready.bench,
         task=answer_loss_objective(ready.job.batching),

