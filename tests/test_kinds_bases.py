@@ -32,6 +32,8 @@ from spectral_surgery.surgery import operate
 
 
 def quantised(method: str) -> Any:
+    """The configuration of one way to quantise; skips where its package, the extra quantized, is not installed."""
+    pytest.importorskip("torchao" if method == "torchao_int8" else "bitsandbytes")
     if method == "torchao_int8":
         from torchao.quantization import Int8WeightOnlyConfig
 
