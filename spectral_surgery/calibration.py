@@ -42,6 +42,7 @@ __all__ = [
     "hash_order",
     "last_ids",
     "load_examples",
+    "longest_first",
     "preview",
     "prompt_ids",
     "read_rows",
@@ -346,18 +347,25 @@ def batches(tokenized: Tokenized, *, token_budget: int = 4096, batch_size: int |
     Raises:
         DataError: If the budget or the size is below 1.
     """
+    order, found = longest_first(tokenized, token_budget, batch_size), []
+    while order:
+        count = batch_size or max(1, token_budget // len(tokenized.examples[order[0]].input_ids))
+        found.append(_batch(tokenized.examples, tuple(order[:count])))
+        order = order[count:]
+    return found
+
+
+def longest_first(tokenized: Tokenized, token_budget: int, batch_size: int | None) -> list[int]:
+    """The positions of the examples, longest first, which is how batches are filled.
+
+    Raises:
+        DataError: If the budget or the size of a batch is below 1.
+    """
     if min(token_budget, 1 if batch_size is None else batch_size) < 1:
         raise DataError(
             f"a batch of {token_budget} tokens or {batch_size} examples holds nothing; expected at least 1."
         )
-    lengths = [len(example.input_ids) for example in tokenized.examples]
-    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
-    found = []
-    while order:
-        count = batch_size or max(1, token_budget // lengths[order[0]])
-        found.append(_batch(tokenized.examples, tuple(order[:count])))
-        order = order[count:]
-    return found
+    return sorted(range(len(tokenized.examples)), key=lambda index: -len(tokenized.examples[index].input_ids))
 
 
 def _batch(examples: Sequence[TokenizedExample], indices: tuple[int, ...]) -> Batch:

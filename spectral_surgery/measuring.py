@@ -24,11 +24,20 @@ from torch import Tensor
 
 from spectral_surgery import processes
 from spectral_surgery.adapter import Adapter
-from spectral_surgery.batching import Fitting, budget, indices_of, mask_of, on_device, size_of, split
+from spectral_surgery.batching import (
+    Fitting,
+    budget,
+    check_packing,
+    indices_of,
+    on_device,
+    packing,
+    probe_of,
+    size_of,
+    split,
+)
 from spectral_surgery.calibration import (
     Batch,
     Tokenized,
-    batches,
     data_digest,
     hash_order,
     load_examples,
@@ -53,6 +62,7 @@ from spectral_surgery.manifest import run_record
 from spectral_surgery.measurement import Measurement, ModuleMeasurement
 from spectral_surgery.objective import Loss, answer_loss
 from spectral_surgery.options import BatchOptions, ModelOptions
+from spectral_surgery.packing import Packed, formed
 from spectral_surgery.paired import tokenize_apart
 from spectral_surgery.selection import Selection, select
 
@@ -92,6 +102,7 @@ def prepare(
     selection: Selection | None = None,
     data_options: DataOptions | None = None,
     model: ModelOptions | None = None,
+    batching: BatchOptions | None = None,
 ) -> Prepared:
     """Returns what a measurement needs, after every check that needs no base model weights.
 
@@ -100,6 +111,7 @@ def prepare(
     """
     data_options, model = data_options or DataOptions(), model or ModelOptions()
     paths = select(adapter.updates, selection or Selection())
+    check_packing(adapter, paths, batching or BatchOptions())
     config = load_config(adapter, model, tasks=TASKS)
     tokenizer = load_tokenizer(adapter, model)
     found = load_examples(str(data), data_options, tokenizer, adapter.folder)
@@ -164,7 +176,9 @@ def measure(
     if isinstance(target, str | Path):
         target = Adapter.load(target)
     if isinstance(target, Adapter):
-        prepared = prepare(target, _rows(data), selection=selection, data_options=data_options, model=model)
+        prepared = prepare(
+            target, _rows(data), selection=selection, data_options=data_options, model=model, batching=batching
+        )
         return measure_prepared(prepared, load_prepared(prepared), batching, loss=loss, progress=progress)
     if isinstance(data, str | Path):
         raise DataError(
@@ -206,16 +220,16 @@ def measure_prepared(
     """
     batching = batching or BatchOptions()
     total, tokens = len(prepared.examples), budget(live, prepared.model, batching)
+    packed = packing(live, prepared.tokenized, batching, loss)
 
     def some(first: int, end: int) -> Measurement:
         rows = Tokenized(prepared.tokenized.examples[first:end], 0)
-        size = None if batching.batch_size == "auto" else batching.batch_size
-        share = processes.mine(batches(rows, token_budget=tokens, batch_size=size))
+        share = processes.mine(formed(rows, tokens, batching, packed=packed))
         numbers = sorted(index for batch in share for index in batch.indices)
         found = [(numbers, run(share, [rows.examples[i].digest for i in numbers], first))] if share else []
         return _gathered(processes.together(found))
 
-    def run(share: list[Batch], digests: list[str], first: int) -> Measurement:
+    def run(share: Sequence[Batch | Packed], digests: list[str], first: int) -> Measurement:
         return measure_live(
             live,
             share,
@@ -223,7 +237,7 @@ def measure_prepared(
             digests=digests,
             checkpointing=prepared.model.gradient_checkpointing,
             progress=(lambda done, _: progress(first + done, total)) if progress else None,
-            about={**prepared.about, "processes": str(processes.count())},
+            about={**prepared.about, "processes": str(processes.count()), "packed": "yes" if packed else "no"},
         )
 
     if not prepared.until_sure:
@@ -276,7 +290,8 @@ def measure_live(
 
     Args:
         live: The loaded model.
-        batches: :class:`~spectral_surgery.calibration.Batch`, or mappings of tensors with the examples first.
+        batches: :class:`~spectral_surgery.calibration.Batch`, :class:`~spectral_surgery.packing.Packed`, or mappings
+            of tensors with the examples first.
         loss: ``loss(model, batch) -> (examples,)``, differentiable; see
             :func:`~spectral_surgery.objective.answer_loss`.
         digests: Content hash of each example, in the data's order; by default their numbers.
@@ -352,7 +367,7 @@ def _measured(live: Live, batch: Any, loss: Loss, fitting: Fitting, together: bo
 def _one_pass(live: Live, batch: Any, loss: Loss) -> _Part:
     batch = on_device(batch, live.device)
     size = size_of(batch)
-    probe = Probe(size, mask_of(batch))
+    probe = probe_of(batch)
     with torch.enable_grad(), live.probing(probe):
         losses = loss(live.model, batch)
         if losses.shape != (size,):

@@ -20,6 +20,7 @@ from torch.nn.functional import cross_entropy
 
 from spectral_surgery.calibration import IGNORED, Batch
 from spectral_surgery.errors import RunError
+from spectral_surgery.packing import Packed
 from spectral_surgery.paired import apart_logits, is_apart
 
 log = logging.getLogger(__name__)
@@ -34,10 +35,12 @@ Loss = Callable[[Any, Any], Tensor]
 """(model, batch) -> one differentiable loss an example, shape (examples,)."""
 
 
-def answer_loss(model: Any, batch: Batch) -> Float[Tensor, " examples"]:
+def answer_loss(model: Any, batch: Batch | Packed) -> Float[Tensor, " examples"]:
     """Returns each example's mean negative log-likelihood over its answer tokens, in nats per token."""
     logits, labels, mask = _at_answers(model, batch)
     losses = token_losses(logits, labels)
+    if isinstance(batch, Packed):
+        return batch.at_answers(losses)
     return losses.new_zeros(mask.shape).masked_scatter(mask, losses).sum(1) / mask.sum(1)
 
 
@@ -85,21 +88,21 @@ def _exact(logits: Tensor) -> Tensor:
 
 
 def _at_answers(
-    model: Any, batch: Batch
+    model: Any, batch: Batch | Packed
 ) -> tuple[Float[Tensor, "tokens vocabulary"], Int64[Tensor, " tokens"], Bool[Tensor, "examples wanted"]]:
     """Returns logits and label of every answer token, example after example, and where the examples have any.
 
     Each example's own positions alone go through the model's head, where that is a module that no adapter changes.
     """
-    if is_apart(model):
+    if isinstance(batch, Batch) and is_apart(model):
         logits, labels = apart_logits(model, batch)
-        packed = False
+        joined = False
     else:
-        with _packing(_head(model), batch.labels[:, 1:] != IGNORED) as seen:
+        with _joining(_head(model), batch.labels[:, 1:] != IGNORED) as seen:
             logits, labels = _logits(model, batch)
-        packed = bool(seen)
+        joined = bool(seen)
     mask = labels != IGNORED
-    return (logits[0] if packed else logits[mask]), labels[mask], mask
+    return (logits[0] if joined else logits[mask]), labels[mask], mask
 
 
 def _head(model: Any) -> Any:
@@ -113,45 +116,45 @@ def _head(model: Any) -> Any:
 
 
 @contextmanager
-def _packing(head: Any, mask: Bool[Tensor, "examples positions"]) -> Iterator[list[bool]]:
+def _joining(head: Any, mask: Bool[Tensor, "examples positions"]) -> Iterator[list[bool]]:
     """Lets only the masked positions through a head while open: (examples, positions, in) becomes (1, tokens, in).
 
     Yields:
         A list that is empty until the head has taken them so.
     """
-    packed: list[bool] = []
+    joined: list[bool] = []
     if head is None:
-        yield packed
+        yield joined
         return
     wanted = mask[:, mask.any(0)]
 
-    def pack(module: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    def join(module: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...] | None:
         hidden = inputs[0]
         some = {wanted.shape: wanted, (len(mask), mask.shape[1] + 1): mask}.get(hidden.shape[:2])
         if hidden.ndim != 3 or some is None:
             return None
-        packed.append(True)
+        joined.append(True)
         return (hidden[:, : some.shape[1]][some.to(hidden.device)][None], *inputs[1:])
 
-    handle = head.register_forward_pre_hook(pack)
+    handle = head.register_forward_pre_hook(join)
     try:
-        yield packed
+        yield joined
     finally:
         handle.remove()
 
 
 def answer_logits(
-    model: Any, batch: Batch
+    model: Any, batch: Batch | Packed
 ) -> tuple[Float[Tensor, "examples wanted vocabulary"], Int64[Tensor, "examples wanted"]]:
     """Returns the logits that predict answer tokens, and those tokens: -100 where an example has none.
 
     Logits are computed only at positions that predict an answer token of some example in the batch, where the model's
     forward has ``logits_to_keep``. Encoder-decoders and classifiers take prompt and answer apart.
     """
-    return apart_logits(model, batch) if is_apart(model) else _logits(model, batch)
+    return apart_logits(model, batch) if isinstance(batch, Batch) and is_apart(model) else _logits(model, batch)
 
 
-def _logits(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+def _logits(model: Any, batch: Batch | Packed) -> tuple[Tensor, Tensor]:
     labels = batch.labels[:, 1:]
     wanted = (labels != IGNORED).any(0).nonzero()[:, 0]
     keep = {"logits_to_keep": wanted} if _keeps_logits(model) else {}

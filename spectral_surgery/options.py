@@ -45,6 +45,9 @@ class BatchOptions:
     token_budget: int | Literal["auto"] = "auto"
     """Most tokens in a batch, padding included; auto, when measuring, what fits into a GPU's free memory, and 512 on a
     CPU; elsewhere 4096."""
+    packing: Literal["auto", "on", "off"] = "auto"
+    """Measure rows end to end without padding (measure, edit and sweep); auto does where the base model runs flash
+    attention, which has kernels for it."""
 
     @property
     def tokens(self) -> int:

@@ -86,7 +86,14 @@ class Measuring(OfAdapter):
         from spectral_surgery.calibration import preview
         from spectral_surgery.measuring import prepare
 
-        prepared = prepare(adapter, data, selection=self.selection, data_options=self.rows, model=self.model)
+        prepared = prepare(
+            adapter,
+            data,
+            selection=self.selection,
+            data_options=self.rows,
+            model=self.model,
+            batching=self.batching,
+        )
         first = preview(prepared.tokenized.examples[0], prepared.tokenizer)
         print(f"Base model: {prepared.about['base_model']}")
         print(f"Modules: {len(prepared.paths)} of {len(adapter.updates)}, {_kinds(prepared.paths)}")

@@ -16,9 +16,10 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
+from spectral_surgery.packing import mean_of_segments
 from spectral_surgery.spectrum import LowRank, Spectrum, exact
 
 
@@ -99,7 +100,7 @@ class _Gate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, out: Tensor, z: Tensor, alpha: Tensor, parts: Components, ones: bool) -> Tensor:
         component = (z.to(parts.C) @ parts.C.T).flatten(1, -2)
-        ctx.save_for_backward(component, alpha)
+        ctx.save_for_backward(component, None if ones else alpha)
         ctx.parts, ctx.ones, ctx.shape, ctx.dtype = parts, ones, z.shape, z.dtype
         if ones:
             return out.view_as(out)
@@ -117,21 +118,34 @@ class _Gate(torch.autograd.Function):
         return grad, by_z, by_alpha, None, None
 
 
-def gate(alpha: Float[Tensor, "rows k"], parts: Components, z: Tensor, out: Tensor, *, ones: bool = False) -> Tensor:
-    """Returns a layer's output with gates applied, a row of them an example; the first dimension is examples.
+def gate(
+    alpha: Float[Tensor, "rows k"],
+    parts: Components,
+    z: Tensor,
+    out: Tensor,
+    *,
+    ones: bool = False,
+    rows: Int64[Tensor, " first"] | None = None,
+) -> Tensor:
+    """Returns a layer's output with gates applied, a row of them for each entry of its first dimension.
 
     Args:
         alpha: The gates.
         parts: The module's components.
-        z: (examples, ..., r), what the components read.
-        out: (examples, ..., out), what they are part of.
+        z: (first, ..., r), what the components read; the first dimension is examples, or tokens of packed ones.
+        out: (first, ..., out), what they are part of.
         ones: That all gates are one, so that the output is ``out`` and only its derivative is asked for.
+        rows: Which row of gates each entry has; by default its own.
     """
+
+    def each(values: Tensor) -> Tensor:
+        return values if rows is None else values.index_select(0, rows)
+
     if parts.norm is None:
-        return _Gate.apply(out, z, alpha, parts, ones)
+        return _Gate.apply(out, z, each(alpha), parts, ones)
     own = out - parts.norm.bias.to(out.dtype)
-    rescale = parts.norm.rescale(alpha).view(len(alpha), *[1] * (out.ndim - 2), -1)
-    return (out + (_Gate.apply(own, z, alpha, parts, ones) * rescale - own)).to(out.dtype)
+    rescale = each(parts.norm.rescale(alpha)).view(len(out), *[1] * (out.ndim - 2), -1)
+    return (out + (_Gate.apply(own, z, each(alpha), parts, ones) * rescale - own)).to(out.dtype)
 
 
 @runtime_checkable
@@ -177,6 +191,8 @@ class Probe:
     """Number of examples in the batch."""
     mask: Tensor | None = None
     """(examples, length), true at real tokens; output energy is averaged over them."""
+    segments: Int64[Tensor, " tokens"] | None = None
+    """Which example every token belongs to, where they are packed into one sequence."""
     gates: dict[str, Float[Tensor, "examples k"]] = field(default_factory=dict)
     """By module path; their ``.grad`` is ``dL_i / d alpha_k`` after the backward pass."""
     energies: dict[str, Float[Tensor, "examples k"]] = field(default_factory=dict)
@@ -185,17 +201,13 @@ class Probe:
 
     def outputs(self, path: str, parts: Components, z: Tensor, out: Tensor) -> Tensor:
         """Returns ``out``, unchanged, with this batch's gates in its graph."""
-        if self.examples == 1:
-            z, shaped = z.reshape(1, -1, z.shape[-1]), out.reshape(1, -1, out.shape[-1])
-        elif z.ndim < 3 or z.shape[0] != self.examples:
-            raise NotPerExampleError(f"{path}: input of shape {tuple(z.shape)} in a batch of {self.examples}")
-        else:
-            shaped = out
+        first = self._leading(path, z)
+        z, shaped = z.reshape(*first, z.shape[-1]), out.reshape(*first, out.shape[-1])
         alpha = self._leaf(path, parts)
         if (path, parts.label) not in self._seen:
             self._seen.add((path, parts.label))
             self.energies[path] = self.energies[path] + self._energy(z, parts)
-        return gate(alpha, parts, z, shaped, ones=True).view(out.shape)
+        return gate(alpha, parts, z, shaped, ones=True, rows=self._rows).view(out.shape)
 
     def weights(self, path: str, parts: Components) -> Float[Tensor, "1 k"]:
         """Returns this batch's gates, which must be those of one example."""
@@ -206,6 +218,21 @@ class Probe:
             self.energies[path] = parts.energy[None]
         return alpha
 
+    @property
+    def _rows(self) -> Tensor | None:
+        return None if self.examples == 1 else self.segments
+
+    def _leading(self, path: str, z: Tensor) -> tuple[int, ...]:
+        """Returns the leading dimensions as they are seen: (examples, ...), or (tokens, 1) where they are packed."""
+        if self.examples == 1:
+            return 1, -1
+        if self._rows is not None and z.shape[:-1] == (1, len(self._rows)):
+            return -1, 1
+        if self._rows is None and z.ndim >= 3 and z.shape[0] == self.examples:
+            return tuple(z.shape[:-1])
+        packed = "" if self._rows is None else "packed "
+        raise NotPerExampleError(f"{path}: input of shape {tuple(z.shape)} in a {packed}batch of {self.examples}")
+
     def _leaf(self, path: str, parts: Components) -> Tensor:
         if path not in self.gates:
             self.gates[path] = parts.C.new_ones(self.examples, len(parts.C), requires_grad=True)
@@ -215,6 +242,8 @@ class Probe:
     @torch.no_grad()
     def _energy(self, z: Tensor, parts: Components) -> Tensor:
         squared = (parts.scale * (z.to(parts.C) @ parts.C.T)).flatten(1, -2) ** 2 * parts.U.square().sum(0)
+        if self._rows is not None:
+            return mean_of_segments(squared[:, 0], self._rows, self.examples)
         if self.mask is None or self.mask.shape != squared.shape[:2]:
             return squared.sum(1) / max(squared.shape[1], 1)
         weight = self.mask.to(squared)[..., None]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
@@ -112,12 +112,7 @@ class Live:
     @property
     def indivisible(self) -> str | None:
         """Why the examples of a batch cannot be told apart, where that is known beforehand."""
-        shared = [path for path, place, _ in self._layers if place.seat in ("experts", "attention")]
-        if shared:
-            return f"{shared[0]}: it works on weights, which all examples of a batch share"
-        if self._invoked:
-            return f"{self.paths[0]}: an aLoRA takes the tokens of all examples together"
-        return None
+        return indivisible(self.adapter, self.paths)
 
     @contextmanager
     def gated(self, gates: Gates) -> Iterator[None]:
@@ -236,6 +231,16 @@ class Live:
         for name, path in edited.items():
             if not _agree(held.get(plain_name(name)), self.adapter.tensors[name]):
                 raise BaseModelError(f"{path}: the loaded {name} is not the adapter's. The adapter did not load.")
+
+
+def indivisible(adapter: Adapter, paths: Sequence[str]) -> str | None:
+    """Returns why a batch's examples cannot be told apart at these modules, where an adapter's files say so."""
+    places = [(path, place) for path in paths for place in adapter.stored[path].places]
+    if shared := [path for path, place in places if place.seat in ("experts", "attention")]:
+        return f"{shared[0]}: it works on weights, which all examples of a batch share"
+    if adapter.config.raw.get("alora_invocation_tokens"):
+        return f"{paths[0]}: an aLoRA takes the tokens of all examples together"
+    return None
 
 
 def held_tensors(model: PeftModel, adapter_name: str) -> dict[str, Tensor]:

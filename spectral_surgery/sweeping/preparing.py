@@ -157,6 +157,7 @@ def _rows(
         selection=Selection(tuple(path for path in adapter.updates if path in paths)),
         data_options=replace(study.data, examples=most, seed=seed),
         model=study.model,
+        batching=study.batching,
     )
     if len(prepared.examples) < most:
         raise InputError(f"{chosen.data} has {len(prepared.examples)} different rows, and the study asks for {most}.")
