@@ -21,8 +21,10 @@ from spectral_surgery.evaluating.variants import load_variants, prepare_adapters
 
 pytest.importorskip("lm_eval", reason="the extra evaluate is not installed")
 
-from spectral_surgery.evaluating.evaluation import another_size, evaluate, score
+from spectral_surgery.evaluating import evaluation
+from spectral_surgery.evaluating.evaluation import another_size, evaluate
 from spectral_surgery.evaluating.harness import LiveModel, run
+from spectral_surgery.evaluating.scoring import score
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +150,42 @@ def test_the_command_writes_records_table_and_manifest(
     assert main([*arguments, "--output", str(out)]) == 2
     assert "--overwrite" in capsys.readouterr().err
     assert main(["compare", str(out), str(out), "--variant-a", "base", "--variant-b", "adapter"]) == 0
+
+
+def test_an_interrupted_evaluation_goes_on_where_it_stopped(
+    world: tiny.World, both: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = evaluate(both[0], both[1:], options(world), noise_floor=1)
+    out = tmp_path / "out"
+    scored: list[str] = []
+
+    def interrupted(live: Any, variants: Any, suite: Any, **more: Any) -> Any:
+        scored.extend(variants)
+        if len(scored) == 3:
+            raise KeyboardInterrupt
+        return score(live, variants, suite, **more)
+
+    monkeypatch.setattr(evaluation, "score", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(both[0], both[1:], options(world), noise_floor=1, output=out)
+    assert not out.exists()
+    assert evaluation.there(evaluation.prepare(both, options(world), noise_floor=1), out) == 2
+    assert evaluation.there(evaluation.prepare(both, options(world, limit=5)), out) == 0
+    mine = evaluation.unfinished(out) / "mine.jsonl"
+    mine.write_text("")
+    calls: list[tuple[int, int]] = []
+    found = evaluate(
+        both[0],
+        both[1:],
+        options(world),
+        noise_floor=1,
+        output=out,
+        progress=lambda done, total: calls.append((done, total)),
+    )
+    assert scored == ["base", "adapter", "other", "other", "other, again 1"]
+    assert list(found.records) == list(whole.records)
+    assert calls[0] == (2 * 24 + 1, 4 * 24)
+    assert list(evaluation.unfinished(out).iterdir()) == [mine], "only finished scorings are deleted"
 
 
 def test_adapters_of_different_bases_are_refused_before_anything_loads(world: tiny.World, tmp_path: Path) -> None:

