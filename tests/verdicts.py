@@ -146,7 +146,7 @@ def _assembled(world: World, outcome: str, sentence: str, candidates: list[dict[
     yours = world.scored("unedited", "test")["skills"]["mean"]
     rows = {"measuring": 128, "validation": world.rows, "test": world.rows, "keep_measuring": 96,
             "keep_validation": world.rows, "keep_test": world.rows, "seen": 0, "duplicates": 3,
-            "smallest_difference": 2.5 * math.sqrt(0.05 / world.rows), "source": "unseen.jsonl",
+            "smallest_difference": 2.5 * math.sqrt(0.05 / world.rows), "guess": None, "source": "unseen.jsonl",
             "keep_source": "auto", "first": "Is 12 greater than 21? Answer yes or no. [[no]]"}  # fmt: skip
     verdict = {
         "schema": 1, "created": "2026-11-22T20:15:00+00:00", "version": "0.1.0",
@@ -161,6 +161,7 @@ def _assembled(world: World, outcome: str, sentence: str, candidates: list[dict[
         "chain": [{"name": name, **world.gains(name, "unedited"), "passed": name == winner or i < len(tested) - 1}
                   for i, name in enumerate(tested)],
         "question_zero": {**world.gains("unedited", "base"), "better_than_base": outcome != "not_better_than_base"},
+        "exact": {"task": None, "skills": None}, "checks": [], "few_rows": [],
         "claims": [], "random": None,
         "error_rate": {"estimate": 0.0435, "low": 0.035, "high": 0.0535, "replays": 2000},
         "categories": [
@@ -183,6 +184,41 @@ def _assembled(world: World, outcome: str, sentence: str, candidates: list[dict[
         "options": {"refine": {"may_lose": "2%", "keep": "auto", "budget": None}, "rows": {"seed": 0}},
     }  # fmt: skip
     return {**verdict, **more}
+
+
+def exact(shares: Mapping[str, float], n: int = 128, of: int = 800, seed: int = 5) -> dict[str, Any]:
+    """Returns exact answers of these candidates on some test rows, drawn at random."""
+    ease = np.random.default_rng(seed).uniform(0, 1, n)
+    right = {name: (ease < share).astype(float) for name, share in shares.items()}
+    listed = []
+    for name, values in right.items():
+        gain = None if name == "unedited" else asdict(_interval(values - right["unedited"], True))
+        mean, se = float(values.mean()), float(values.std(ddof=1) / math.sqrt(n))
+        listed.append({"name": name, "mean": mean, "se": se, "gain": gain})
+    return {"n": n, "of": of, "scores": listed}
+
+
+def check(name: str, shares: Mapping[str, float], n: int = 100) -> dict[str, Any]:
+    """Returns one score of another instrument."""
+    gain = {"refined": shares.get("refined", 0.0) - shares["unedited"], "base": shares["base"] - shares["unedited"]}
+    scores = [
+        {"name": who, "mean": share, "se": math.sqrt(share * (1 - share) / n),
+         "gain": None if who == "unedited" else
+         {"estimate": gain[who], "low": gain[who] - 0.08, "high": gain[who] + 0.08},
+         "p": None if who == "unedited" else 0.004 if abs(gain[who]) > 0.08 else 0.4}
+        for who, share in shares.items()
+    ]  # fmt: skip
+    return {"name": name, "n": n, "lower_is_better": False, "share": True, "scores": scores}
+
+
+def few(world: World) -> list[dict[str, Any]]:
+    """Returns tuning and continued training on 16, 32 and 128 rows."""
+    found = []
+    for rows in (16, 32, 128):
+        for name, like in (("few-step tuning", "few-step tuning 0.2"), ("continue lr 0.001", "continue lr 1e-3")):
+            ahead = None if name.startswith("few") else world.gains("few-step tuning 0.2", like)
+            found.append({"rows": rows, "name": name, "ahead": ahead, **world.scored(like, "test")})
+    return found
 
 
 def refined() -> dict[str, Any]:
@@ -231,6 +267,11 @@ def refined() -> dict[str, Any]:
         world, "refined", sentence, ladder, claims=claims,
         random={"permutations": 199, "p": 0.005, "statistic": "other skills at the same size of edit"},
         notes=["Your rows were divided by content; 3 duplicates were dropped."],
+        exact={"task": exact({"base": 0.02, "unedited": 0.97, "strength 0.6": 0.9, "continue lr 1e-3": 0.96,
+                              "few-step tuning 0.2": 0.95}), "skills": None},
+        checks=[check("gsm8k exact_match (strict-match)", {"base": 0.61, "unedited": 0.48, "refined": 0.57}),
+                check("ifeval prompt_level_strict_acc", {"base": 0.55, "unedited": 0.5, "refined": 0.31})],
+        few_rows=few(world),
     )  # fmt: skip
 
 

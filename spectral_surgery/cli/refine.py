@@ -5,7 +5,9 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
 
 from spectral_surgery.cli import console
 from spectral_surgery.cli.commands import OfAdapter, together
@@ -28,6 +30,9 @@ class Refine(OfAdapter):
     and keeps what fine-tuning made the model forget.
     """
 
+    task_data: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="[ROWS]")] = None
+    """Rows of the task where you cannot say whether the adapter was trained on them: it is guessed from the losses,
+    and doubt counts as trained on. Better say it with --data or --train-data."""
     data: str | None = None
     """Rows of the task that the adapter was not trained on: a JSONL, JSON, CSV or Parquet file, or a Hub id."""
     train_data: str | None = None
@@ -89,6 +94,7 @@ class Refine(OfAdapter):
             adapter,
             self.data,
             train_data=self.train_data,
+            task_data=self.task_data,
             options=self.options,
             rows=self.rows,
             selection=self.selection,
@@ -123,8 +129,10 @@ class Refine(OfAdapter):
 
         assert self.reproduce is not None
         kept = options_of(recorded(self.reproduce))
-        moved = {"data": self.data or kept["data"], "train_data": self.train_data or kept["train_data"]}
-        return replace(self, **{**kept, **moved})
+        moved = {name: getattr(self, name) or kept[name] for name in ("data", "train_data", "task_data")}
+        consent = self.options.confirm_run_unsafe_code  # never taken from a file that someone else may have written
+        options = replace(kept["options"], confirm_run_unsafe_code=consent)
+        return replace(self, **{**kept, **moved, "options": options})
 
     def _say_whether_it_agrees(self, found: Refinement) -> None:
         from spectral_surgery.refining.repeating import differences, recorded
@@ -142,6 +150,8 @@ def describe(job: Job) -> list[str]:
     """Returns what will be done with which rows, in lines."""
     task, keep = job.task, job.keep
     kind = "rows it was trained on" if task.seen_only else "unseen rows"
+    if not task.said:
+        kind = "seen in training or not: guessed once the model is loaded"
     split = "halves that each choose and confirm" if task.swapped else "to choose and to confirm"
     lines = [
         f"Rows of the task: {len(task.measuring)} measuring rows, {len(task.validation)} + {len(task.test)} {split} "
@@ -151,6 +161,9 @@ def describe(job: Job) -> list[str]:
         f"Smallest difference these rows can show: about {100 * task.smallest_difference:.1f} points where one row in "
         f"twenty differs",
     ]
-    if task.seen_only:
+    if job.check:
+        tasks = ", ".join(f"{name} ({count} requests)" for name, count in job.check.requests.items())
+        lines.append(f"Another instrument, for base, yours and the answer: {tasks}")
+    if task.seen_only and task.said:
         lines.append("With seen rows only, nothing can be said about how well the task is done.")
     return lines

@@ -72,15 +72,16 @@ class Verdict:
 
     def record(self) -> dict[str, Any]:
         """Returns the verdict as plain JSON; limits that do not exist are null."""
-        record: dict[str, Any] = _plain(asdict(self))
+        record: dict[str, Any] = plain(asdict(self))
         return record
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Returns plain JSON; limits that do not exist, which are infinite, are null."""
     if isinstance(value, dict):
-        return {key: _plain(part) for key, part in value.items()}
+        return {key: plain(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(part) for part in value]
+        return [plain(part) for part in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -264,7 +264,8 @@ def split_keep(keep: Keep, seed: int) -> tuple[Keep, Keep, Keep]:
     """Returns a third each to measure on, to choose on and to test on, as equal as groups allow within a category.
 
     The order in which rows are dealt depends on their content and the seed, never on the order of the file. Groups
-    stay together; one with rows of several categories counts as the first of them by name.
+    stay together; one with rows of several categories counts as the first of them by name. Within a part categories
+    alternate, so that its first rows are a sample of it.
     """
     by_example = {row.example.digest: row for row in keep.rows}
     ordered = [by_example[example.digest] for example in hash_order(keep.examples, seed)]
@@ -275,8 +276,18 @@ def split_keep(keep: Keep, seed: int) -> tuple[Keep, Keep, Keep]:
     parts: tuple[list[KeepRow], ...] = ([], [], [])
     for category in sorted(kinds):
         _deal(kinds[category], parts)
-    measuring, validation, test = (replace(keep, rows=part) for part in parts)
+    measuring, validation, test = (replace(keep, rows=_mixed(part)) for part in parts)
     return measuring, validation, test
+
+
+def _mixed(rows: Sequence[KeepRow]) -> list[KeepRow]:
+    """Returns the rows with their categories spread evenly, so that any first few are of all in proportion."""
+    sizes, before = Counter(row.category for row in rows), Counter[str]()
+    places = []
+    for row in rows:
+        places.append((before[row.category] + 0.5) / sizes[row.category])
+        before[row.category] += 1
+    return [rows[i] for i in sorted(range(len(rows)), key=lambda i: places[i])]
 
 
 def _deal(groups: Sequence[list[KeepRow]], parts: Sequence[list[KeepRow]]) -> None:

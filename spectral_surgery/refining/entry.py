@@ -55,6 +55,7 @@ def refine(
     data: str | Path | None = None,
     *,
     train_data: str | Path | None = None,
+    task_data: str | Path | None = None,
     keep: str | Path | None = None,
     output: str | Path | None = None,
     overwrite: bool = False,
@@ -71,6 +72,7 @@ def refine(
         adapter: The adapter, its folder or Hub id.
         data: Rows that it was not trained on.
         train_data: Rows that it was trained on.
+        task_data: Rows of which you cannot say whether it was: it is guessed, and doubt counts as trained on.
         keep: Rows or prompts of other skills; by default what the options say.
         output: Folder for verdict, report and adapter; by default nothing is written.
         overwrite: Replace what an earlier run left in that folder.
@@ -96,6 +98,7 @@ def refine(
         adapter,
         str(data) if data else None,
         train_data=str(train_data) if train_data else None,
+        task_data=str(task_data) if task_data else None,
         options=options,
         rows=rows,
         selection=selection,

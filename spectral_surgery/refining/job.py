@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from spectral_surgery import __version__
 from spectral_surgery.adapter import Adapter
@@ -15,6 +15,8 @@ from spectral_surgery.judging.rule import Rule
 from spectral_surgery.keeping import Keep
 from spectral_surgery.live.loading import base_name, check_fits, load_config, load_tokenizer
 from spectral_surgery.options import BatchOptions, ModelOptions
+from spectral_surgery.refining.guessing import Guess
+from spectral_surgery.refining.instrument import prepare_check
 from spectral_surgery.refining.options import RefineOptions
 from spectral_surgery.refining.rows import TaskRows, keep_rows, task_rows
 from spectral_surgery.refining.scoring import (
@@ -26,6 +28,9 @@ from spectral_surgery.refining.scoring import (
     exact_objective,
 )
 from spectral_surgery.selection import Selection, select
+
+if TYPE_CHECKING:
+    from spectral_surgery.evaluating.suite import Suite
 
 
 @dataclass(frozen=True)
@@ -48,8 +53,14 @@ class Job:
     """Rows that the adapter was not trained on, as they were named."""
     train_data: str | None
     """Rows that it was trained on."""
+    task_data: str | None
+    """Rows of which the user did not say whether it was."""
     objective: Objective
     """What the user asked for; agreement takes its place where only seen rows are there."""
+    check: Suite | None
+    """Benchmarks that are scored once the answer is confirmed."""
+    guess: Guess | None = None
+    """Whether the losses look as if the rows were seen in training; known once the model is loaded."""
 
     @property
     def rule(self) -> Rule:
@@ -88,6 +99,7 @@ def prepare(
     data: str | None = None,
     *,
     train_data: str | None = None,
+    task_data: str | None = None,
     options: RefineOptions | None = None,
     rows: DataOptions | None = None,
     selection: Selection | None = None,
@@ -106,9 +118,11 @@ def prepare(
     paths = select(adapter.updates, selection)
     config = load_config(adapter, model)
     tokenizer = load_tokenizer(adapter, model)
-    task = task_rows(data, train_data, rows, tokenizer, adapter)
+    task = task_rows(data, train_data, rows, tokenizer, adapter, task_data)
     objective = _objective(options, task, batching)
     keep = keep_rows(options, rows, task, tokenizer, adapter)
+    chat = any(row.templated for row in task.measuring.examples)
+    check = prepare_check(options, tokenizer, config, adapter, chat=chat)
     check_fits(adapter, config, trust_remote_code=model.trust_remote_code)
     name = base_name(adapter, model)
     return Job(
@@ -125,7 +139,9 @@ def prepare(
         selection=selection,
         data=data,
         train_data=train_data,
+        task_data=task_data,
         objective=objective,
+        check=check,
     )
 
 

@@ -46,6 +46,18 @@ class RefineOptions:
     """Replays that measure the error rate of this very run."""
     budget: str | None = None
     """Most time to spend, such as 90s, 10m or 2h; the ladder shrinks to fit."""
+    exact_rows: int = 128
+    """Test rows whose greedy answers are shown beside the scores that decide, of the task and of other skills with
+    answers; 0 shows none."""
+    check_suite: str | None = None
+    """Another instrument, scored once the answer is confirmed: tasks of lm-evaluation-harness, YAML files of tasks or
+    files of rows, with commas between them. A clear loss there is said in the verdict."""
+    check_limit: int = 100
+    """Most documents of each task of --check-suite."""
+    confirm_run_unsafe_code: bool = False
+    """Agree that humaneval in --check-suite runs the code that the model writes, on this machine."""
+    few_rows: bool = False
+    """Also tune and continue training on the first 16, the first 32 and all measuring rows, and show both."""
     no_examples: bool = False
     """Leave prompts and answers out of report and verdict."""
 
@@ -95,7 +107,8 @@ class RefineOptions:
                 yield str(error)
         if not 0 < self.error_rate < 0.5:
             yield f"--error-rate is {self.error_rate}, expected a probability above 0 and below 0.5, such as 0.05."
-        for name, least in (("steps", 0), ("permutations", 0), ("replays", 0), ("keep_tokens", 1)):
+        limits = {"steps": 0, "permutations": 0, "replays": 0, "exact_rows": 0, "keep_tokens": 1, "check_limit": 1}
+        for name, least in limits.items():
             if getattr(self, name) < least:
                 yield f"--{name.replace('_', '-')} is {getattr(self, name)}, expected at least {least}."
         if self.objective not in ("loss", "exact", "choice") and ":" not in self.objective:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,6 +22,7 @@ from spectral_surgery.measuring import measure_live
 from spectral_surgery.refining.bench import Bench, Part, Progress, Times
 from spectral_surgery.refining.cache import Cache
 from spectral_surgery.refining.descent import Term
+from spectral_surgery.refining.guessing import guess
 from spectral_surgery.refining.job import Job
 from spectral_surgery.refining.scoring import (
     LossOf,
@@ -34,6 +36,8 @@ from spectral_surgery.refining.scoring import (
 )
 from spectral_surgery.refining.searching import LEAST_SCALE, Evidence
 from spectral_surgery.sensitivity_file import load_measurement, save_measurement
+
+log = logging.getLogger(__name__)
 
 DRIFT = Measure("drift from the base", "nats per token", lower_is_better=True)
 AGREEMENT = Measure("agreement with your adapter", "share of answer tokens", lower_is_better=False)
@@ -52,6 +56,26 @@ class Ready:
     """What is to be kept, differentiable."""
     task_loss: LossOf
     """What few-step tuning minimises of the task."""
+
+
+def looked_at(job: Job, live: Live, cache: Cache) -> Job:
+    """Returns the job with a guess whether its rows were in the training; where the user said nothing, it decides.
+
+    Only measuring rows are looked at: the others choose and confirm.
+    """
+    rows = job.task.measuring.tokenized
+
+    def losses() -> dict[str, np.ndarray]:
+        with live.base():
+            base = per_example(live, rows, answer_loss_of)
+        return {"base": base, "own": per_example(live, rows, answer_loss_of)}
+
+    found = cache.arrays(("losses", [row.digest for row in rows.examples]), losses)
+    guessed = guess(found["base"], found["own"], job.task.source)
+    if job.task.said:
+        return replace(job, guess=guessed)
+    log.info("%s", guessed.sentence)
+    return replace(job, guess=guessed, task=replace(job.task, seen_only=guessed.seen))
 
 
 def make_ready(job: Job, live: Live, cache: Cache, times: Times, progress: Progress | None) -> Ready:
@@ -168,7 +192,7 @@ def _check_template(ready: Ready, base: np.ndarray, own: np.ndarray) -> None:
         own = per_example(live, job.task.seen.tokenized, answer_loss_of)
         with live.base():
             base = per_example(live, job.task.seen.tokenized, answer_loss_of)
-    elif not job.task.seen_only:
+    elif not (job.task.seen_only and job.task.said):
         return
     if own.mean() > base.mean():
         raise DataError(

@@ -14,19 +14,20 @@ from spectral_surgery import __version__
 from spectral_surgery.judging import ledger
 from spectral_surgery.judging.rule import margins
 from spectral_surgery.judging.trials import BASE, UNEDITED, Scores, Split
+from spectral_surgery.judging.verdict import plain
 from spectral_surgery.keeping import degenerate
 from spectral_surgery.manifest import run_record
 from spectral_surgery.refining.candidates import RIVALS, Candidate
 from spectral_surgery.refining.rows import first_row
 from spectral_surgery.refining.run import Found
-from spectral_surgery.refining.scoring import NORMALISERS, Rows, answers
+from spectral_surgery.refining.scoring import Rows
+from spectral_surgery.refining.showing import exact_answers, said, tested
+from spectral_surgery.report import facts
 from spectral_surgery.selection import kind, layer
 
 SCHEMA = 1
 SHOWN_TASK, SHOWN_KEEP = 48, 32
 """Test rows that base, unedited and refined answer, for the reader."""
-SHORT = 64
-"""Tokens; where no answer is longer, exact answers are shown beside losses."""
 
 
 def record(found: Found) -> dict[str, Any]:
@@ -35,15 +36,8 @@ def record(found: Found) -> dict[str, Any]:
     with found.times.of("examples"):
         shown = _Answers(found)
     judged = verdict.record()
-    return {
-        "schema": SCHEMA,
-        "created": run_record()["time"],
-        "version": __version__,
-        "command": " ".join(["spectral-surgery", *sys.argv[1:]]),
+    core = {
         **{key: judged[key] for key in ("outcome", "sentence", "chain", "question_zero", "claims", "random")},
-        "notes": [*judged["notes"], *_beside(found, shown), *_broken(shown)],
-        "error_rate": judged["error_rate"],
-        "adapter": _adapter(found),
         "rule": {
             "may_lose": job.rule.may_lose,
             "error_rate": job.rule.error_rate,
@@ -53,8 +47,23 @@ def record(found: Found) -> dict[str, Any]:
             "swapped": found.judgement.swapped is not None,
         },
         "measures": _measures(found),
-        "rows": _rows(found),
         "candidates": [_candidate(found, candidate) for candidate in found.candidates.values()],
+    }
+    with found.times.of("exact answers"):
+        exact = _exact(found, core)
+    return {
+        "schema": SCHEMA,
+        "created": run_record()["time"],
+        "version": __version__,
+        "command": " ".join(["spectral-surgery", *sys.argv[1:]]),
+        **core,
+        "notes": [*_guessed(found), *judged["notes"], *_broken(shown)],
+        "error_rate": judged["error_rate"],
+        "adapter": _adapter(found),
+        "rows": _rows(found),
+        "exact": exact,
+        "checks": plain(found.checks),
+        "few_rows": plain(found.few_rows),
         "categories": _categories(found),
         "examples": [] if job.options.no_examples else shown.examples(),
         "generations": shown.generations(),
@@ -64,6 +73,14 @@ def record(found: Found) -> dict[str, Any]:
         "environment": _environment(),
         "options": _options(found),
     }
+
+
+def _exact(found: Found, core: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns exact answers of everything that stands side by side, from base to the answer."""
+    names = [one.candidate["name"] for one in facts.standings(core)]
+    shown = [found.candidates[name].written(found.ready.job.adapter) for name in names]
+    exact: dict[str, Any] = plain(exact_answers(found.ready, tested(found.ready, found.judgement), shown))
+    return exact
 
 
 def winner(found: Found) -> Candidate | None:
@@ -76,28 +93,17 @@ class _Answers:
     """Greedy answers of base, unedited and refined to some test rows."""
 
     def __init__(self, found: Found) -> None:
-        self.part = found.ready.test.first(SHOWN_TASK, SHOWN_KEEP)
+        self.part = tested(found.ready, found.judgement).first(SHOWN_TASK, SHOWN_KEEP)
         chosen = winner(found)
         self.who = {BASE: found.candidates[BASE], UNEDITED: found.candidates[UNEDITED]}
         self.who |= {"refined": chosen} if chosen else {}
         self.longest = found.ready.job.options.keep_tokens
-        self.same = found.ready.job.options.normalise
         self.task = self._by(found, self.part.task)
         self.keep = self._by(found, self.part.keep)
         self.labelled = found.ready.job.keep[0].kind == "labelled"
 
     def _by(self, found: Found, rows: Rows) -> dict[str, list[str]]:
-        bench, said = found.ready.bench, {}
-        for name, candidate in self.who.items():
-            with candidate.open(bench.live):
-                said[name] = answers(bench.live, rows, bench.batching, longest=self.longest)
-        return said
-
-    def right(self, who: str) -> np.ndarray:
-        """Returns which task answers are the row's own."""
-        same = NORMALISERS[self.same]
-        pairs = zip(self.task[who], self.part.task.examples, strict=True)
-        return np.array([same(answer) == same(row.answer) for answer, row in pairs])
+        return {who: said(found.ready.bench, candidate, rows, self.longest) for who, candidate in self.who.items()}
 
     def examples(self) -> list[dict[str, Any]]:
         """Returns every row with the three answers, and what the edit did to it."""
@@ -140,15 +146,14 @@ def _shown(rows: Rows, said: Mapping[str, Sequence[str]], what: str, *, answered
     return found
 
 
-def _beside(found: Found, shown: _Answers) -> list[str]:
-    """Returns exact answers beside losses, where answers are short enough for that to mean something."""
-    rows = shown.part.task.tokenized.examples
-    longest = max((len(row.input_ids) - row.answer_start for row in rows), default=0)
-    if found.ready.job.objective.measure.name == "exact answers" or not 0 < longest <= SHORT:
+def _guessed(found: Found) -> list[str]:
+    """Returns what was guessed about the rows, and how to say it; a warning where unseen rows look memorised."""
+    job = found.ready.job
+    if job.guess is None:
         return []
-    names = {BASE: "base", UNEDITED: "yours", "refined": "refined"}
-    scores = ", ".join(f"{names[who]} {100 * shown.right(who).mean():.0f} %" for who in shown.who)
-    return [f"Exact answers on {len(rows)} test rows, beside the scores that decided: {scores}."]
+    if not job.task.said:
+        return [job.guess.sentence]
+    return [job.guess.warning] if job.guess.memorised and not job.task.seen_only else []
 
 
 def _broken(shown: _Answers) -> list[str]:
@@ -191,16 +196,17 @@ def _measures(found: Found) -> dict[str, Any]:
 
 
 def _rows(found: Found) -> dict[str, Any]:
-    ready, task = found.ready, found.ready.job.task
-    first = None if ready.job.options.no_examples else first_row(task.measuring, ready.job.tokenizer)
+    ready, job, task = found.ready, found.ready.job, found.ready.job.task
+    first = None if job.options.no_examples else first_row(task.measuring, job.tokenizer)
     return {
         **{f"{name}": len(getattr(ready, name).task) for name in ("measuring", "validation", "test")},
         **{f"keep_{name}": len(getattr(ready, name).keep) for name in ("measuring", "validation", "test")},
         "seen": len(task.seen) if task.seen else 0,
         "duplicates": task.duplicates,
         "smallest_difference": task.smallest_difference,
+        "guess": asdict(job.guess) if job.guess and not task.said else None,
         "source": task.source,
-        "keep_source": ready.job.keep[0].source,
+        "keep_source": job.keep[0].source,
         "first": first,
     }
 
@@ -306,5 +312,6 @@ def _options(found: Found) -> dict[str, Any]:
     job = found.ready.job
     groups: dict[str, Any] = {"options": job.options, "rows": job.rows, "model": job.model, "batching": job.batching}
     groups |= {"selection": job.selection}
-    plain = {name: json.loads(json.dumps(asdict(options))) for name, options in groups.items()}
-    return {"adapter": job.adapter.name, "data": job.data, "train_data": job.train_data, **plain}
+    given = {name: json.loads(json.dumps(asdict(options))) for name, options in groups.items()}
+    sources = {"data": job.data, "train_data": job.train_data, "task_data": job.task_data}
+    return {"adapter": job.adapter.name, **sources, **given}

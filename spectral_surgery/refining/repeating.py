@@ -45,7 +45,7 @@ def options_of(verdict: Mapping[str, Any]) -> dict[str, Any]:
         "batching": BatchOptions,
     }
     found = {name: _rebuilt(kind, kept[name]) for name, kind in kinds.items()}
-    return {"data": kept["data"], "train_data": kept["train_data"], **found}
+    return {**{name: kept[name] for name in ("data", "train_data", "task_data")}, **found}
 
 
 def _rebuilt(kind: Any, values: Mapping[str, Any]) -> Any:

@@ -41,7 +41,9 @@ class TaskRows:
     seen: Rows | None
     """Rows that the adapter was trained on, where they were given beside unseen ones."""
     seen_only: bool
-    """Whether the three parts are rows that the adapter was trained on."""
+    """Whether the three parts are rows that the adapter was trained on; until a guess, that they were."""
+    said: bool
+    """Whether the user said so, or that it was not."""
     swapped: bool
     """Whether validation and test are halves that each choose and confirm."""
     duplicates: int
@@ -54,22 +56,43 @@ class TaskRows:
 
 
 def task_rows(
-    data: str | None, train_data: str | None, options: DataOptions, tokenizer: Any, adapter: Adapter
+    data: str | None,
+    train_data: str | None,
+    options: DataOptions,
+    tokenizer: Any,
+    adapter: Adapter,
+    task_data: str | None = None,
 ) -> TaskRows:
     """Returns the task's rows, read and divided by content hash.
+
+    Args:
+        data: Rows that the adapter was not trained on.
+        train_data: Rows that it was trained on.
+        options: How they are read.
+        tokenizer: The base model's.
+        adapter: The adapter.
+        task_data: Rows of which the user does not say whether it was.
 
     Raises:
         DataError: If there are none or too few, or a row is given both as seen and as unseen.
     """
-    if not data and not train_data:
+    if task_data and (data or train_data):
         raise DataError(
-            "There are no rows. Pass --data with rows that the adapter was not trained on, or --train-data with rows "
-            "that it was."
+            f"{task_data} stands beside {'--data' if data else '--train-data'} without a word about whether the "
+            f"adapter was trained on it. Say it of both: --data for rows that it was not trained on, --train-data for "
+            f"rows that it was."
+        )
+    if not (data or train_data or task_data):
+        raise DataError(
+            "There are no rows. Pass --data with rows that the adapter was not trained on, --train-data with rows "
+            "that it was, or a file behind the adapter's name where you cannot say: then it is guessed."
         )
     unseen = _read(data, options, tokenizer, adapter) if data else []
     seen = _read(train_data, options, tokenizer, adapter) if train_data else []
     _check_apart(unseen, seen, data, train_data)
     rows, source = (unseen, data) if data else (seen, train_data)
+    if task_data:
+        rows, source = _read(task_data, options, tokenizer, adapter), task_data
     count = len(hash_order(rows, options.seed))
     if count < FEWEST:
         raise DataError(
@@ -97,6 +120,7 @@ def task_rows(
         as_rows(test),
         as_rows(hash_order(seen, options.seed)[: options.count()]) if data and seen else None,
         seen_only=not data,
+        said=not task_data,
         swapped=swapped,
         duplicates=splits.duplicates,
         source=str(source),

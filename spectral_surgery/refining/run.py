@@ -10,6 +10,7 @@ import logging
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,15 +24,18 @@ from spectral_surgery.judging.rule import merit
 from spectral_surgery.judging.trials import BASE, UNEDITED
 from spectral_surgery.judging.verdict import Verdict, decide
 from spectral_surgery.live.loading import load
-from spectral_surgery.refining.bench import RUNGS, Progress, Times, Tried, halved
+from spectral_surgery.refining.bench import RUNGS, Part, Progress, Times, Tried, halved
 from spectral_surgery.refining.cache import Cache
 from spectral_surgery.refining.candidates import RIVALS, Candidate, references
 from spectral_surgery.refining.descent import Steps
+from spectral_surgery.refining.few_rows import few_rows
+from spectral_surgery.refining.instrument import ANSWER, checked, warnings
 from spectral_surgery.refining.job import Job
 from spectral_surgery.refining.permuting import permuted, shuffled
-from spectral_surgery.refining.ready import DRIFT, Ready, make_ready, measured
+from spectral_surgery.refining.ready import DRIFT, Ready, looked_at, make_ready, measured
 from spectral_surgery.refining.scoring import answer_loss_objective, answer_loss_of, loss_objective, per_example
 from spectral_surgery.refining.searching import Evidence, Extent, extent, ladder, temperature
+from spectral_surgery.refining.showing import tested
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +51,10 @@ class Found:
     verdict: Verdict
     evidence: Evidence
     times: Times
+    checks: list[dict[str, Any]]
+    """Scores by another instrument, where one was asked for."""
+    few_rows: list[dict[str, Any]]
+    """Tuning and continued training on few rows, where that was asked for."""
 
 
 def run(job: Job, cache_folder: Path, *, progress: Progress | None = None) -> Found:
@@ -64,7 +72,10 @@ def run(job: Job, cache_folder: Path, *, progress: Progress | None = None) -> Fo
     times = Times()
     with times.of("loading"):
         live = load(job.adapter, job.model, paths=job.paths, tokenizer=job.tokenizer, checked=True)
-    ready = make_ready(job, live, Cache(cache_folder, job.context), times, progress)
+    cache = Cache(cache_folder, job.context)
+    with times.of("measuring"):
+        job = looked_at(job, live, cache)
+    ready = make_ready(job, live, cache, times, progress)
     with times.of("measuring"):
         evidence = measured(ready, progress)
     with times.of("finding gates"):
@@ -140,7 +151,8 @@ def _judged(
     random: RandomGates | None = None
     if judgement.winner and known[judgement.winner].gates:
         with times.of("random"):
-            random = _random(ready, evidence, known[judgement.winner], size.permutations, progress)
+            part = tested(ready, judgement).first(24, 16)
+            random = _random(ready, evidence, known[judgement.winner], part, size.permutations, progress)
     rate = _replayed(job, judgement, edits, level)
     earlier = ledger.earlier(job.test_digest, job.run_key)
     verdict = decide(
@@ -153,7 +165,22 @@ def _judged(
         seen_rows_only=job.task.seen_only,
     )
     ledger.note(job.test_digest, job.run_key, outcome=verdict.outcome)
-    return Found(ready, known, tried, judgement, verdict, evidence, times)
+    checks: list[dict[str, Any]] = []
+    if job.check:
+        with times.of("another instrument"):
+            checks = checked(job.check, bench, _standing(job, known, verdict.winner), progress)
+        verdict = replace(verdict, sentence=" ".join([verdict.sentence, *warnings(checks)]))
+    few: list[dict[str, Any]] = []
+    if job.options.few_rows and job.options.steps:
+        with times.of("16, 32 and all rows"):
+            few = few_rows(ready, evidence, tested(ready, judgement), progress)
+    return Found(ready, known, tried, judgement, verdict, evidence, times, checks, few)
+
+
+def _standing(job: Job, known: dict[str, Candidate], winner: str | None) -> dict[str, Candidate]:
+    """Returns base, unedited and, where one won, the answer as it is written."""
+    found = {BASE: known[BASE], UNEDITED: known[UNEDITED]}
+    return found | ({ANSWER: known[winner].written(job.adapter)} if winner else {})
 
 
 def _shown(tried: Tried, candidates: list[Candidate]) -> list[str]:
@@ -177,7 +204,7 @@ def _replayed(job: Job, judgement: Judgement, edits: list[str], level: float) ->
 
 
 def _random(
-    ready: Ready, evidence: Evidence, winner: Candidate, count: int, progress: Progress | None
+    ready: Ready, evidence: Evidence, winner: Candidate, part: Part, count: int, progress: Progress | None
 ) -> RandomGates | None:
     """Returns the winner beside random orders of its own gates within modules, at the same edit size.
 
@@ -185,7 +212,6 @@ def _random(
     """
     if not count or not shuffled(winner.gates, evidence.task):
         return None
-    part = ready.test.first(24, 16)
     bench = replace(
         ready.bench,
         task=answer_loss_objective(ready.job.batching),

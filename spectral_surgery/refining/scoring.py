@@ -127,13 +127,17 @@ def answers(live: Live, rows: Rows, batching: BatchOptions, *, longest: int | No
         batching: Limits the prompts generated at once.
         longest: Tokens an answer may have; by default a quarter more than the longest of the rows' own, and 4.
     """
-    lengths = [len(row.input_ids) - row.answer_start for row in rows.tokenized.examples]
     prompts = [row.input_ids[: row.answer_start] for row in rows.tokenized.examples]
-    new = longest or max(lengths) * 5 // 4 + 4
+    new = longest or longest_answer(rows) * 5 // 4 + 4
     size = batching.batch_size
     at_once = size if size != "auto" else max(1, batching.tokens // (max(map(len, prompts)) + new))
     with live.still():
         return greedy_answers(live.model, live.tokenizer, prompts, max_new_tokens=new, batch_size=at_once)
+
+
+def longest_answer(rows: Rows) -> int:
+    """Returns the tokens of the longest of the rows' own answers, its end included; 0 without rows."""
+    return max((len(row.input_ids) - row.answer_start for row in rows.tokenized.examples), default=0)
 
 
 def choice_objective(choices: Sequence[str], batching: BatchOptions) -> Objective:

@@ -87,18 +87,21 @@ def _base(public: Verdict) -> str:
 
 def _effect(public: Verdict) -> str:
     units = [facts.unit(public, key) for key in ("task", "skills")]
-    head = [f"task: {units[0].label}", f"other skills: {units[1].label}"]
-    lines = [f"| | {head[0]} | {head[1]} |", "| --- | ---: | ---: |"]
+    exact = facts.exact(public)
+    head = [f"task: {units[0].label}", f"other skills: {units[1].label}", *(f"{one.title}, %" for one in exact)]
+    lines = ["| | " + " | ".join(head) + " |", "| --- |" + " ---: |" * len(head)]
     for one in facts.standings(public):
         label = {"yours": "before the edit", "refined": "**this adapter**"}.get(one.role, one.label)
         scores = [unit.score(one.score(key)) for unit, key in zip(units, ("task", "skills"), strict=True)]
-        lines.append(f"| {_cell(label)} | {scores[0]} | {scores[1]} |")
+        scores += [beside.score(one.candidate["name"]) for beside in exact]
+        lines.append("| " + " | ".join([_cell(label), *scores]) + " |")
     rows = public["rows"]
     lower = [unit.name for unit in units if unit.lower_is_better]
     note = f" Lower is better: {' and '.join(dict.fromkeys(lower))}." if lower else ""
+    told = " ".join(["", *(f"{one.title.capitalize()}: on {one.counted} test rows, no test." for one in exact)])
     return "\n".join(lines) + (
         f"\n\nMeans with 95 % intervals on {rows['test']} task rows and {rows['keep_test']} rows of other skills that "
-        f"were used for nothing else.{note}"
+        f"were used for nothing else.{note}{told}"
     )
 
 
@@ -114,6 +117,10 @@ def _limits(public: Verdict) -> list[str]:
     ]
     if public["rule"]["seen_rows_only"]:
         limits.append("All task rows had been seen in training: the accuracy on new rows was not tested.")
+    if public["rows"]["guess"]:
+        limits.append("Whether the task rows had been seen in training was guessed from losses.")
+    for check in facts.checks(public):
+        limits += [f"By another instrument, {check.name}, {check.rows} documents: gain {check.gains['refined']}."]
     limits += [claim["sentence"] for claim in public["claims"] if not claim["passed"]]
     if public["adapter"]["serving_note"]:
         limits.append(public["adapter"]["serving_note"])

@@ -16,6 +16,8 @@ from spectral_surgery.judging.trials import BASE, UNEDITED
 
 Verdict = Mapping[str, Any]
 
+SURE = 0.05
+"""Two-sided p-value from which on a loss by another instrument is warned of."""
 Z = 1.96
 """Standard errors on each side of a mean in its 95 % interval."""
 STRENGTH, CONTINUE = "strength", "continue"
@@ -127,6 +129,118 @@ class Standing:
     def score(self, key: str) -> Mapping[str, Any] | None:
         """Returns mean and standard error on test rows."""
         return (self.candidate["test"] or {}).get(key)
+
+
+EXACT = Unit("exact answers", "share of rows", percent=True, lower_is_better=False)
+"""How shares of exact answers are written."""
+
+
+@dataclass(frozen=True)
+class Exact:
+    """Exact answers of one side beside the scores that decided; information, no test."""
+
+    key: str
+    """task or skills."""
+    title: str
+    rows: int
+    of: int
+    """Test rows there are."""
+    by_name: Mapping[str, Mapping[str, Any]]
+    """Share with its standard error, and paired gain over the unedited adapter, by candidate."""
+
+    def score(self, name: str) -> str:
+        """Returns a candidate's share with its 95 % interval, or a dash."""
+        return EXACT.score(self.by_name.get(name))
+
+    def gain(self, name: str) -> str | None:
+        """Returns a candidate's gain over the unedited adapter with its 95 % interval, where there is one."""
+        found = self.by_name.get(name, {}).get("gain")
+        return f"{EXACT.gain(found)} points" if found else None
+
+    @property
+    def counted(self) -> str:
+        """How many rows they are on."""
+        return f"{self.rows} of {self.of}" if self.rows < self.of else f"all {self.rows}"
+
+
+def exact(verdict: Verdict) -> list[Exact]:
+    """Returns what exact answers there are to show: of the task, of other skills."""
+    titles = {"task": "task, exact answers", "skills": "other skills, exact answers"}
+    return [
+        Exact(key, title, found["n"], found["of"], {one["name"]: one for one in found["scores"]})
+        for key, title in titles.items()
+        if (found := verdict["exact"][key])
+    ]
+
+
+def exact_gains(verdict: Verdict) -> list[str]:
+    """Returns, for each side with exact answers, their gains over the unedited adapter in one sentence."""
+    told = []
+    for one in exact(verdict):
+        gains = {
+            standing.label: gain
+            for standing in standings(verdict)
+            if (gain := one.gain(standing.candidate["name"])) and standing.role != "base"
+        }
+        listed = "; ".join(f"{label} {gain}" for label, gain in gains.items())
+        over = f" Gain over your adapter, paired: {listed}." if listed else ""
+        told.append(f"{one.title.capitalize()}: greedy answers on {one.counted} test rows; shown, not tested.{over}")
+    return told
+
+
+NAMES = {BASE: "base", UNEDITED: "yours", "refined": "refined"}
+"""What a reader calls those that stand side by side."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One score of another instrument, in words."""
+
+    name: str
+    rows: int
+    scores: dict[str, str]
+    """Mean with its 95 % interval, by name."""
+    gains: dict[str, str]
+    """Paired gain over the unedited adapter with interval and p, by name."""
+    worse: bool
+    """Whether the answer is significantly worse than the unedited adapter."""
+
+
+def checks(verdict: Verdict) -> list[Check]:
+    """Returns the scores of another instrument; none where none was asked for."""
+    found = []
+    for check in verdict["checks"]:
+        unit = Unit(check["name"], "share" if check["share"] else "", check["share"], check["lower_is_better"])
+        by_name = {NAMES.get(one["name"], one["name"]): one for one in check["scores"]}
+        gains = {
+            name: f"{unit.gain(one['gain'])} (p = {one['p']:.2g})" for name, one in by_name.items() if one["gain"]
+        }
+        last = by_name.get("refined")
+        worse = bool(last and last["p"] <= SURE and last["gain"]["estimate"] < 0)
+        title = (
+            f"{check['name']}{', %' if check['share'] else ''}{', lower is better' if unit.lower_is_better else ''}"
+        )
+        found.append(Check(title, check["n"], {name: unit.score(one) for name, one in by_name.items()}, gains, worse))
+    return found
+
+
+def few_rows(verdict: Verdict) -> tuple[list[str], list[list[str]]]:
+    """Returns header and cells of the table of few-step tuning and continued training by number of rows."""
+    units = [unit(verdict, key) for key in ("task", "skills")]
+    header = ["rows", "", "task", "other skills", "tuning ahead: task", "tuning ahead: others"]
+    cells, last = [], None
+    for one in verdict["few_rows"]:
+        ahead = one["ahead"] or {}
+        cells.append(
+            [
+                str(one["rows"]) if one["rows"] != last else "",
+                one["name"],
+                *(own.score(one[key]) for own, key in zip(units, ("task", "skills"), strict=True)),
+                *(own.gain(ahead.get(key)) for own, key in zip(units, ("task", "skills"), strict=True)),
+            ]
+        )
+        last = one["rows"]
+    return header, cells
 
 
 def standings(verdict: Verdict) -> list[Standing]:

@@ -48,11 +48,18 @@ def publishable(verdict: Verdict) -> dict[str, Any]:
             key: {**measure, "name": redact(measure["name"]), "unit": redact(measure["unit"])}
             for key, measure in verdict["measures"].items()
         },
-        "rows": {**_numbers(rows), "keep_source": "auto" if rows["keep_source"] == "auto" else None},
+        "rows": {
+            **_numbers(rows),
+            "guess": bool(rows["guess"]),
+            "keep_source": "auto" if rows["keep_source"] == "auto" else None,
+        },
         "candidates": [
             {**one, **{key: redact(one[key]) for key in ("name", "what", "equivalent", "stage")}}
             for one in verdict["candidates"]
         ],
+        "exact": {side: _exact(found, redact) for side, found in verdict["exact"].items()},
+        "checks": [{**check, "name": redact(check["name"])} for check in verdict["checks"]],
+        "few_rows": verdict["few_rows"],
         "chain": [{**link, "name": redact(link["name"])} for link in verdict["chain"]],
         "claims": [{key: redact(value) for key, value in claim.items()} for claim in verdict["claims"]],
         "random": verdict["random"] and {key: redact(value) for key, value in verdict["random"].items()},
@@ -62,6 +69,12 @@ def publishable(verdict: Verdict) -> dict[str, Any]:
         },
         "options": _numbers(flat(verdict["options"])),
     }
+
+
+def _exact(found: Mapping[str, Any] | None, redact: Redact) -> dict[str, Any] | None:
+    if found is None:
+        return None
+    return {**found, "scores": [{**one, "name": redact(one["name"])} for one in found["scores"]]}
 
 
 def _numbers(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -101,6 +114,14 @@ def _private(verdict: Verdict) -> dict[str, str]:
             private[rows[key]] = words
     earlier = [c["name"] for c in verdict["candidates"] if c["family"] == "checkpoint"]
     private |= {name: f"checkpoint {i + 1}" for i, name in enumerate(earlier)}
+    private |= {check["name"]: f"own benchmark {i + 1}" for i, check in enumerate(_own_checks(verdict))}
     texts = [one[key] for one in verdict["examples"] for key in ("prompt", "answer", "base", "unedited", "refined")]
     private |= {text: "[text]" for text in [*texts, rows["first"]] if text and len(text) >= LEAST}
     return private
+
+
+def _own_checks(verdict: Verdict) -> list[Mapping[str, Any]]:
+    """Returns the scores of benchmarks that are the user's own files: those that no named task begins the name of."""
+    entries = (verdict["options"].get("options", {}).get("check_suite") or "").split(",")
+    named = tuple(entry.strip() for entry in entries if entry.strip() and not Path(entry).suffix)
+    return [check for check in verdict["checks"] if not (named and check["name"].startswith(named))]

@@ -30,6 +30,8 @@ def render(verdict: Verdict, folder: Path | None = None, *, examples: bool = Tru
         _head(verdict),
         _standings(verdict),
         _claims(verdict),
+        _checks(verdict),
+        _few_rows(verdict),
         "\n".join(_wrapped(note, "note: ") for note in verdict["notes"]),
         _prompts(verdict) if examples else "",
         _times(verdict),
@@ -51,14 +53,17 @@ def _standings(verdict: Verdict) -> str:
     found = facts.standings(verdict)
     if not found:
         return ""
+    beside = facts.exact(verdict)
     rows = [
         [
-            _line(one.label, 40),
+            _line(one.label, 28 if beside else 40),
             *(unit.score(one.score(key)) for unit, key in zip(units, ("task", "skills"), strict=True)),
+            *(exact.score(one.candidate["name"]) for exact in beside),
         ]
         for one in found
     ]
-    shown = table(["", "task", "other skills"], rows)
+    exact_titles = [{"task": "task, exact %", "skills": "others, exact %"}[one.key] for one in beside]
+    shown = table(["", "task", "other skills", *exact_titles], rows)
     lower = " and ".join(dict.fromkeys(unit.name for unit in units if unit.lower_is_better))
     note = f"Task: {units[0].label}; other skills: {units[1].label}; test rows, mean [95 % interval]."
     lines = [shown, _wrapped(note + (f" Lower is better: {lower}." if lower else ""))]
@@ -73,6 +78,7 @@ def _standings(verdict: Verdict) -> str:
         back = f"; about {100 * share:.0f} % of what your adapter had forgotten is back" if share is not None else ""
         over = "over your adapter" if own else "of your adapter over its base"
         lines.append(_wrapped(f"Gain {over}, paired, positive is better: {told}{back}."))
+    lines += map(_wrapped, facts.exact_gains(verdict))
     return "\n".join(lines)
 
 
@@ -81,6 +87,28 @@ def _claims(verdict: Verdict) -> str:
     return "\n".join(
         _wrapped(claim["sentence"], f"{CLAIMS[claim['passed']].ljust(width)}  ") for claim in verdict["claims"]
     )
+
+
+def _checks(verdict: Verdict) -> str:
+    """Scores by another instrument, one line a variant."""
+    found = facts.checks(verdict)
+    if not found:
+        return ""
+    rows = []
+    for check in found:
+        rows.append([_line(f"{check.name}, {check.rows} rows", 44), "", ""])
+        rows += [[f"  {who}", score, check.gains.get(who, "")] for who, score in check.scores.items()]
+    shown = table(["by another instrument", "mean [95 %]", "gain over yours [95 %]"], rows)
+    return f"{shown}\n{_wrapped('Scored after the answer was confirmed; the rule did not look at it.')}"
+
+
+def _few_rows(verdict: Verdict) -> str:
+    header, rows = facts.few_rows(verdict)
+    if not rows:
+        return ""
+    narrow = [[*row[:4]] for row in rows]
+    note = "By number of measuring rows, and as many of other skills, on test rows: shown, not tested."
+    return f"{table(header[:4], narrow, left=2)}\n{_wrapped(note)}"
 
 
 def _prompts(verdict: Verdict) -> str:
