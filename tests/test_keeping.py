@@ -176,6 +176,15 @@ def test_a_split_has_thirds_of_every_category_without_a_group_in_two_parts() -> 
         assert sorted(part.categories.count(kind) for part in parts) == [6, 6, 8]
 
 
+def test_the_first_rows_of_a_part_are_of_all_categories_in_proportion() -> None:
+    kinds = ["a"] * 60 + ["b"] * 30 + ["c"] * 9
+    rows = [KeepRow(Example(f"p{i}", "x", f"p{i}", False, i), kind) for i, kind in enumerate(kinds)]
+    for part in split_keep(Keep("labelled", "keep.jsonl", rows), 0):
+        assert len(part.rows) == 33
+        first = [part.categories[:11].count(kind) for kind in "abc"]
+        assert first == [7, 3, 1]
+
+
 def test_a_split_depends_on_content_and_seed_but_not_on_the_order_of_the_file() -> None:
     keep = some_keep()
     turned = Keep(keep.kind, keep.source, keep.rows[::-1])

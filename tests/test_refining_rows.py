@@ -77,7 +77,7 @@ def test_too_few_rows_say_what_they_could_show(tmp_path: Path, adapter: Adapter,
 
 
 def test_without_rows_nothing_begins(adapter: Adapter) -> None:
-    with pytest.raises(DataError, match=r"Pass --data .* or --train-data"):
+    with pytest.raises(DataError, match=r"Pass --data .* --train-data .* or a file"):
         read(adapter)
 
 
@@ -118,6 +118,14 @@ def test_seen_rows_alone_take_the_place_of_unseen_ones(tmp_path: Path, adapter: 
     assert found.seen is None
     assert found.source == train
     assert [len(part) for part in (found.measuring, found.validation, found.test)] == [30, 30, 30]
+
+
+def test_rows_without_a_word_count_as_seen_until_they_are_guessed_about(tmp_path: Path, adapter: Adapter) -> None:
+    rows = wrote(tmp_path / "rows.jsonl", 90)
+    found = task_rows(None, None, DataOptions(), tiny.tokenizer(), adapter, rows)
+    assert (found.said, found.seen_only, found.seen, found.source) == (False, True, None, rows)
+    assert [len(part) for part in (found.measuring, found.validation, found.test)] == [30, 30, 30]
+    assert read(adapter, rows).said
 
 
 def test_seen_rows_beside_unseen_ones_are_as_many_as_are_measured(tmp_path: Path, adapter: Adapter) -> None:

@@ -33,6 +33,11 @@ NUMBER = (int, float)
 SHOWN = {"task": {"mean": NUMBER, "se": NUMBER}, "skills": {"mean": NUMBER, "se": NUMBER}}
 INTERVAL = {"estimate": NUMBER, "low": (*NUMBER, type(None)), "high": (*NUMBER, type(None))}
 MEASURE = {"name": str, "unit": str, "lower_is_better": bool, "binary": bool, "margin": NUMBER}
+EXACT = {
+    "n": int,
+    "of": int,
+    "scores": [{"name": str, "mean": NUMBER, "se": NUMBER, "gain": (INTERVAL, None)}],
+}
 COUNTS = ("measuring", "validation", "test", "keep_measuring", "keep_validation", "keep_test", "seen", "duplicates")
 CONTRACT: dict[str, Any] = {
     "schema": int,
@@ -66,7 +71,11 @@ CONTRACT: dict[str, Any] = {
         "source": str,
         "keep_source": str,
         "first": (str, type(None)),
+        "guess": ({"seen": bool, "rows": int, "base_loss": NUMBER, "own_loss": NUMBER, "harm": NUMBER}, None),
     },
+    "exact": {"task": (EXACT, None), "skills": (EXACT, None)},
+    "checks": [{"name": str, "n": int, "lower_is_better": bool, "share": bool, "scores": list}],
+    "few_rows": [{"rows": int, "name": str, "ahead": ({"task": INTERVAL, "skills": INTERVAL}, None), **SHOWN}],
     "candidates": [
         {
             "name": str,

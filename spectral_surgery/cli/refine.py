@@ -87,7 +87,8 @@ class Refine(OfAdapter):
         self._push(found)
 
     def _prepared(self, adapter: Any) -> Job:
-        from spectral_surgery.refining.job import prepare
+        from spectral_surgery.refining.foreseen import foreseen
+        from spectral_surgery.refining.job import prepare, serving_note
         from spectral_surgery.refining.rows import first_row
 
         job = prepare(
@@ -103,9 +104,12 @@ class Refine(OfAdapter):
         )
         first = first_row(job.task.measuring, job.tokenizer)
         print(f"Base model: {job.base_model}")
+        if note := serving_note(job):
+            print(note)
         print(f"The first row, its answer in [[ ]]: {first if len(first) <= 400 else f'... {first[-400:]}'}")
         for line in describe(job):
             print(line)
+        print(foreseen(job))
         return job
 
     def _check_push(self) -> None:

@@ -21,7 +21,7 @@ from jaxtyping import Float
 
 from spectral_surgery.statistics import bootstrap_p
 
-HARM = 0.1
+HARM = 0.25
 """Harm, as a share of the benefit, that rows of the training do not show."""
 LEVEL = 0.01
 """At which it must be sure."""
@@ -60,10 +60,10 @@ class Guess:
                 f"counts as trained on), so nothing is said about how well the task is done. If it was not, say so: "
                 f"--data {self.source}"
             )
+        lost = "more than" if self.harm > 1 else f"{100 * self.harm:.0f} % of what"
         return (
-            f"A guess, because you did not say: the adapter was not trained on these rows ({figures}, by "
-            f"{100 * self.harm:.0f} % of what the others gained). If it was, this verdict shows no gain; say so: "
-            f"--train-data {self.source}"
+            f"A guess, because you did not say: the adapter was not trained on these rows ({figures}, and these lose "
+            f"{lost} the others gain). If it was, this verdict shows no gain; say so: --train-data {self.source}"
         )
 
     @property

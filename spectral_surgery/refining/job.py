@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -154,3 +155,21 @@ def _objective(options: RefineOptions, task: TaskRows, batching: BatchOptions) -
         examples = [*task.measuring.examples, *task.validation.examples, *task.test.examples]
         return choice_objective(choices_of(examples), batching)
     return custom_objective(options.objective, batching)
+
+
+def serving_note(job: Job) -> str | None:
+    """Returns on which base it is judged and on which it will be served, where the two differ or rounding differs."""
+    measured, recorded = job.base_model, job.adapter.config.raw.get("base_model_name_or_path")
+    loaded = "4 bits" if job.model.load_in_4bit else "8 bits" if job.model.load_in_8bit else _stored_bits(measured)
+    judged = f"{measured} in {loaded}" if loaded else measured
+    other = recorded if recorded and recorded != measured else None
+    if not (loaded or other):
+        return None
+    served = f"The adapter's configuration names {other} as its base. " if other else ""
+    return f"Judged on {judged}. {served}On a base that is stored otherwise, such as 16 bits, figures may differ."
+
+
+def _stored_bits(name: str) -> str | None:
+    """Returns the bits of a base that its name says is quantised, such as unsloth/...-bnb-4bit."""
+    found = re.search(r"(?<![a-z0-9])([48])[-_]?bit|(?<![a-z0-9])(awq|gptq|nf4|fp8|int[48])(?![a-z0-9])", name.lower())
+    return None if not found else f"{found[1]} bits" if found[1] else found[2].upper()

@@ -18,6 +18,7 @@ from spectral_surgery.judging.verdict import plain
 from spectral_surgery.keeping import degenerate
 from spectral_surgery.manifest import run_record
 from spectral_surgery.refining.candidates import RIVALS, Candidate
+from spectral_surgery.refining.job import serving_note
 from spectral_surgery.refining.rows import first_row
 from spectral_surgery.refining.run import Found
 from spectral_surgery.refining.scoring import Rows
@@ -172,9 +173,6 @@ def _broken(shown: _Answers) -> list[str]:
 
 def _adapter(found: Found) -> dict[str, Any]:
     job = found.ready.job
-    model = job.model
-    bits = "4 bits" if model.load_in_4bit else "8 bits" if model.load_in_8bit else None
-    serving = f"Judged on a base in {bits}; on another it may differ." if bits else None
     return {
         "name": job.adapter.name,
         "digest": job.adapter.digest,
@@ -182,7 +180,7 @@ def _adapter(found: Found) -> dict[str, Any]:
         "modules": len(job.paths),
         "components": sum(len(found.evidence.task.modules[path].S) for path in job.paths),
         "rank": max(len(found.evidence.task.modules[path].S) for path in job.paths),
-        "serving_note": serving,
+        "serving_note": serving_note(job),
     }
 
 

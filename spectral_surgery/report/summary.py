@@ -32,7 +32,7 @@ def render(verdict: Verdict, folder: Path | None = None, *, examples: bool = Tru
         _claims(verdict),
         _checks(verdict),
         _few_rows(verdict),
-        "\n".join(_wrapped(note, "note: ") for note in verdict["notes"]),
+        _notes(verdict),
         _prompts(verdict) if examples else "",
         _times(verdict),
         _next(verdict, folder) if folder else "",
@@ -87,6 +87,11 @@ def _claims(verdict: Verdict) -> str:
     return "\n".join(
         _wrapped(claim["sentence"], f"{CLAIMS[claim['passed']].ljust(width)}  ") for claim in verdict["claims"]
     )
+
+
+def _notes(verdict: Verdict) -> str:
+    serving = verdict["adapter"]["serving_note"]
+    return "\n".join(_wrapped(note, "note: ") for note in [*verdict["notes"], *([serving] if serving else [])])
 
 
 def _checks(verdict: Verdict) -> str:
