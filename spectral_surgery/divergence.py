@@ -23,6 +23,7 @@ import torch
 from jaxtyping import Bool, Float, Int32, Int64
 from torch import Tensor
 
+from spectral_surgery import processes
 from spectral_surgery.calibration import IGNORED, Batch, Tokenized, batches
 from spectral_surgery.errors import DataError, RunError
 from spectral_surgery.live import Live
@@ -68,30 +69,36 @@ def reference(
 ) -> Reference:
     """Returns what the model, as it now computes, says at every answer position.
 
-    For the base model, open :meth:`Live.base` around the call; for the unedited adapter, nothing.
+    For the base model, open :meth:`Live.base` around the call; for the unedited adapter, nothing. Several processes
+    share the batches, and all get every prediction.
 
     Args:
         model: A :class:`Live`, or any causal model.
         tokenized: The examples; equal ones are kept once.
         batching: How they are batched; a batch that does not fit into memory is halved.
         k: Most tokens kept at a position.
-        progress: Called with (examples done, examples in all).
+        progress: Called with (examples done, examples in all) of this process's share.
 
     Raises:
         RunError: If a prediction is not finite, or one example alone does not fit into memory.
     """
     network = model.model if isinstance(model, Live) else model
-    predicted: dict[str, Predicted] = {}
-    done = 0
-    with evaluating(network):
-        for batch in _batches(tokenized, batching or BatchOptions()):
+
+    def some(share: list[Batch]) -> dict[str, Predicted]:
+        predicted: dict[str, Predicted] = {}
+        done = 0
+        for batch in share:
             found = chain.from_iterable(in_halves(lambda part: _predictions(network, part, k), batch))
             digests = [tokenized.examples[index].digest for index in batch.indices]
             predicted.update(zip(digests, found, strict=True))
             done += len(batch.indices)
             if progress:
-                progress(done, len(tokenized.examples))
-    return Reference(predicted)
+                progress(done, sum(len(batch.indices) for batch in share))
+        return predicted
+
+    with evaluating(network):
+        shares = processes.dealt(_batches(tokenized, batching or BatchOptions()), some)
+    return Reference({digest: kept for predicted in shares for digest, kept in predicted.items()})
 
 
 def _predictions(model: Any, batch: Batch, k: int) -> list[Predicted]:

@@ -110,6 +110,7 @@ def prepare(
         InputError: Whatever is wrong with selection, rows, tokenizer, or the fit of adapter and base model.
     """
     data_options, model = data_options or DataOptions(), model or ModelOptions()
+    processes.check(model.device, model.device_map)
     paths = select(adapter.updates, selection or Selection())
     check_packing(adapter, paths, batching or BatchOptions())
     config = load_config(adapter, model, tasks=TASKS)
@@ -224,20 +225,14 @@ def measure_prepared(
 
     def some(first: int, end: int) -> Measurement:
         rows = Tokenized(prepared.tokenized.examples[first:end], 0)
-        share = processes.mine(formed(rows, tokens, batching, packed=packed))
-        numbers = sorted(index for batch in share for index in batch.indices)
-        found = [(numbers, run(share, [rows.examples[i].digest for i in numbers], first))] if share else []
-        return _gathered(processes.together(found))
-
-    def run(share: Sequence[Batch | Packed], digests: list[str], first: int) -> Measurement:
-        return measure_live(
+        return measure_together(
             live,
-            share,
+            formed(rows, tokens, batching, packed=packed),
+            [example.digest for example in rows.examples],
             loss=loss,
-            digests=digests,
             checkpointing=prepared.model.gradient_checkpointing,
             progress=(lambda done, _: progress(first + done, total)) if progress else None,
-            about={**prepared.about, "processes": str(processes.count()), "packed": "yes" if packed else "no"},
+            about={**prepared.about, "packed": "yes" if packed else "no"},
         )
 
     if not prepared.until_sure:
@@ -254,8 +249,31 @@ def measure_prepared(
     )
 
 
-def _gathered(parts: list[tuple[list[int], Measurement]]) -> Measurement:
-    """Returns the measurements that the processes made of their examples, in the examples' order."""
+def measure_together(
+    live: Live,
+    batches: Sequence[Batch | Packed],
+    digests: Sequence[str],
+    *,
+    about: Mapping[str, str] | None = None,
+    **settings: Any,
+) -> Measurement:
+    """Returns what :func:`measure_live` does, in the examples' order, with the batches dealt out to all processes.
+
+    Args:
+        live: The loaded model.
+        batches: Of all examples; every process forms the same.
+        digests: Content hash of each example.
+        about: Recorded in the measurement, with the number of processes.
+        **settings: As for :func:`measure_live`.
+    """
+    about = {**(about or {}), "processes": str(processes.count())}
+
+    def some(share: list[Batch | Packed]) -> tuple[list[int], Measurement]:
+        numbers = sorted(index for batch in share for index in batch.indices)
+        mine = [digests[number] for number in numbers]
+        return numbers, measure_live(live, share, digests=mine, about=about, **settings)
+
+    parts = processes.dealt(batches, some)
     if len(parts) == 1:
         return parts[0][1]
     whole = reduce(joined, (measured for _, measured in parts))

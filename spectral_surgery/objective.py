@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from spectral_surgery import processes
 from spectral_surgery.calibration import IGNORED, Batch
 from spectral_surgery.errors import RunError
 from spectral_surgery.packing import Packed
@@ -203,7 +204,8 @@ def continuations(
 ) -> list[list[int]]:
     """Returns the token ids that the model greedily puts after every prompt, the first end of text included.
 
-    Prompts are padded on the left in batches of like length; a batch that does not fit into memory is halved.
+    Prompts are padded on the left in batches of like length; a batch that does not fit into memory is halved. Several
+    processes share the batches, and all get every answer.
 
     Args:
         model: A causal model.
@@ -211,7 +213,7 @@ def continuations(
         prompts: Token ids, at least one each.
         max_new_tokens: Where an answer that does not end is cut.
         batch_size: Prompts generated at once.
-        progress: Called with (prompts done, prompts in all).
+        progress: Called with (prompts done, prompts in all) of this process's share.
 
     Raises:
         RunError: If one prompt alone does not fit into memory.
@@ -220,7 +222,7 @@ def continuations(
     fill = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     device = model.get_input_embeddings().weight.device
 
-    def generate(numbers: list[int]) -> list[list[int]]:
+    def generate(numbers: list[int]) -> list[tuple[int, list[int]]]:
         ids, mask = _left_padded([prompts[i] for i in numbers], fill)
         out = model.generate(
             input_ids=ids.to(device),
@@ -229,15 +231,19 @@ def continuations(
             do_sample=False,
             pad_token_id=fill,
         )
-        return [_up_to_end(row, ends) for row in out[:, ids.shape[1] :].tolist()]
+        return list(zip(numbers, [_up_to_end(row, ends) for row in out[:, ids.shape[1] :].tolist()], strict=True))
 
-    found: dict[int, list[int]] = {}
+    def answered(share: list[list[int]]) -> dict[int, list[int]]:
+        found: dict[int, list[int]] = {}
+        for numbers in share:
+            found.update(chain.from_iterable(in_halves(generate, numbers)))
+            if progress:
+                progress(len(found), sum(map(len, share)))
+        return found
+
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for start in range(0, len(order), batch_size):
-        numbers = order[start : start + batch_size]
-        found.update(zip(numbers, chain.from_iterable(in_halves(generate, numbers)), strict=True))
-        if progress:
-            progress(len(found), len(prompts))
+    every = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    found = {number: ids for some in processes.dealt(every, answered) for number, ids in some.items()}
     return [found[i] for i in range(len(prompts))]
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import launched
 import numpy as np
 import pytest
 import tiny
@@ -22,15 +20,7 @@ def test_two_processes_measure_what_one_does(tmp_path: Path, examples: str) -> N
     options = ["--data", str(world.data), "--device", "cpu", "--examples", examples, "--token-budget", "40"]
     alone, both = tmp_path / "alone.safetensors", tmp_path / "both.safetensors"
     assert main(["measure", str(world.adapter), *options, "--output", str(alone)]) == 0
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--no_python"]
-    script = [str(Path(sys.executable).with_name("spectral-surgery")), "measure", str(world.adapter), *options]
-    done = subprocess.run(
-        [sys.executable, *launch, *script, "--output", str(both)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "ACCELERATE_USE_CPU": "true"},
-        check=False,
-    )
+    done = launched.command(["measure", str(world.adapter), *options, "--output", str(both)])
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("Measured 12 rows") == 1
     one, two = load_measurement(alone), load_measurement(both)

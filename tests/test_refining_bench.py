@@ -197,6 +197,10 @@ def never() -> Any:
     raise AssertionError("worked out again")
 
 
+def write(text: str, path: Path) -> None:
+    path.write_text(text)
+
+
 def test_what_is_remembered_is_bit_for_bit_what_was_worked_out(tmp_path: Path) -> None:
     cache, values = Cache(tmp_path / "new" / "cache", "context"), np.array([0.1, -0.0, 1e-320, np.pi])
     assert cache.array(("a", 1), lambda: values).tobytes() == values.tobytes()
@@ -205,9 +209,8 @@ def test_what_is_remembered_is_bit_for_bit_what_was_worked_out(tmp_path: Path) -
     assert list(cache.arrays(("b",), lambda: named)) == list(cache.arrays(("b",), never)) == list(named)
     plain = [["text ü", [1, 2], None]]
     assert cache.json(("c",), lambda: plain) == cache.json(("c",), never) == plain
-    path = cache.file(("d",), ".txt", lambda new: new.write_text("content"))
-    assert cache.file(("d",), ".txt", never) == path
-    assert path.read_text() == "content"
+    assert cache.file(("d",), ".txt", lambda: "content", write, Path.read_text) == "content"
+    assert cache.file(("d",), ".txt", never, write, Path.read_text) == "content"
     assert not list(cache.folder.glob("new-*"))
 
 
@@ -222,14 +225,14 @@ def test_another_context_or_question_is_not_answered_from_it(tmp_path: Path) -> 
 def test_a_write_that_fails_leaves_nothing(tmp_path: Path, failure: type[BaseException]) -> None:
     cache = Cache(tmp_path, "context")
 
-    def half(new: Path) -> None:
-        new.write_text("hal")
+    def half(text: str, new: Path) -> None:
+        new.write_text(text[:3])
         raise failure
 
     with pytest.raises(failure):
-        cache.file(("a",), ".txt", half)
+        cache.file(("a",), ".txt", lambda: "whole", half, Path.read_text)
     assert list(tmp_path.iterdir()) == []
-    assert cache.file(("a",), ".txt", lambda new: new.write_text("whole")).read_text() == "whole"
+    assert cache.file(("a",), ".txt", lambda: "whole", write, Path.read_text) == "whole"
 
 
 def test_a_killed_write_leaves_nothing_that_is_read(tmp_path: Path) -> None:
@@ -238,15 +241,15 @@ def test_a_killed_write_leaves_nothing_that_is_read(tmp_path: Path) -> None:
         import os, pathlib, signal
         from spectral_surgery.refining.cache import Cache
 
-        def half(new):
-            new.write_text("hal")
+        def half(text, new):
+            new.write_text(text[:3])
             os.kill(os.getpid(), signal.SIGKILL)
 
-        Cache(pathlib.Path({str(tmp_path)!r}), "context").file(("a",), ".json", half)
+        Cache(pathlib.Path({str(tmp_path)!r}), "context").file(("a",), ".json", lambda: "whole", half, None)
         """
     )
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == -9
-    assert [path.read_text() for path in tmp_path.iterdir()] == ["hal"]
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["who"]
     assert Cache(tmp_path, "context").json(("a",), lambda: {"whole": 1}) == {"whole": 1}
     assert Cache(tmp_path, "context").json(("a",), never) == {"whole": 1}
 

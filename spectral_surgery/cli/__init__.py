@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import tyro
 
+from spectral_surgery import processes
 from spectral_surgery.cli import console
 from spectral_surgery.cli.commands import Command, Demo, Edit, Measure, Restore
 from spectral_surgery.cli.compare import Compare
@@ -27,7 +28,7 @@ from spectral_surgery.cli.speclora import SpecLora
 from spectral_surgery.cli.sweep import Sweep
 from spectral_surgery.cli.train import Train
 from spectral_surgery.cli.weights import Weights
-from spectral_surgery.errors import SpectralSurgeryError
+from spectral_surgery.errors import InputError, SpectralSurgeryError
 
 COMMANDS = (
     Inspect,
@@ -62,7 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(command: Command) -> int:
     console.prepare(command.debug)
     try:
-        command.run()
+        _check_shared(command)
+        with console.first_speaks():
+            command.run()
         sys.stdout.flush()
     except SpectralSurgeryError as error:
         return _failed(command, str(error), error.exit_status)
@@ -74,6 +77,16 @@ def _run(command: Command) -> int:
         hint = "" if command.debug else " Run again with --debug for the traceback."
         return _failed(command, f"{type(error).__name__}: {error}.{hint}", 1)
     return 0
+
+
+def _check_shared(command: Command) -> None:
+    """Refuses several processes where a command would do in each of them what one does."""
+    if processes.count() > 1 and not command.shared:
+        several = ", ".join(kind.__name__.lower() for kind in COMMANDS if kind.shared)
+        raise InputError(
+            f"{type(command).__name__.lower()} works in one process, and {processes.count()} were started. Start it "
+            f"without accelerate launch; what can be launched is {several}."
+        )
 
 
 def parse(arguments: Sequence[str] | None) -> Command:
@@ -90,5 +103,6 @@ def parse(arguments: Sequence[str] | None) -> Command:
 def _failed(command: Command, message: str, status: int) -> int:
     if command.debug:
         traceback.print_exc()
-    print(f"error: {message}", file=sys.stderr)
+    who = f"process {processes.rank()}: " if processes.rank() else ""
+    print(f"error: {who}{message}", file=sys.stderr)
     return status

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import tyro
 
-from spectral_surgery import policies
+from spectral_surgery import policies, processes
 from spectral_surgery.cli import console
 from spectral_surgery.constraints import Constraint
 from spectral_surgery.errors import InputError, combine
@@ -34,6 +33,8 @@ if TYPE_CHECKING:
 class Command:
     """What every command has."""
 
+    shared: ClassVar[bool] = False
+    """Whether several processes can share the work."""
     debug: bool = False
     """Show the traceback of an error."""
 
@@ -134,15 +135,10 @@ class Measure(Measuring):
     dry_run: bool = False
     """Check everything and say what would be done, without loading the base model's weights."""
 
+    shared: ClassVar[bool] = True
+
     def run(self) -> None:
         """Writes the sensitivity file."""
-        from spectral_surgery import processes
-
-        with redirect_stdout(None) if processes.rank() else nullcontext():
-            self._measure()
-
-    def _measure(self) -> None:
-        from spectral_surgery import processes
         from spectral_surgery import sensitivity_file as file
 
         output = self.output or Path(f"{Path(self.adapter).name}.sensitivity.safetensors")
@@ -152,9 +148,7 @@ class Measure(Measuring):
             print(f"Would measure and write {output}.")
             return
         measured = self.measure(prepared)
-        if processes.rank():
-            return
-        file.save_measurement(measured, output, overwrite=self.overwrite)
+        processes.of_first(lambda: file.save_measurement(measured, output, overwrite=self.overwrite))
         print(f"Measured {measured.examples} rows, mean loss {measured.losses.mean():.4f} nats per token.")
         print(
             f"Wrote {output}. Next: spectral-surgery edit {self.adapter} --sensitivity {output} --policy smooth_abs "

@@ -7,7 +7,10 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stdout
+from pathlib import Path
+
+from spectral_surgery import processes
 
 
 def prepare(debug: bool) -> None:
@@ -18,10 +21,20 @@ def prepare(debug: bool) -> None:
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     own = logging.getLogger("spectral_surgery")
     own.handlers[:] = [_Notes()]
-    own.setLevel(logging.INFO)
+    own.setLevel(logging.INFO if processes.rank() == 0 else logging.CRITICAL)
     own.propagate = False
     if not debug:
         warnings.simplefilter("ignore")
+
+
+@contextmanager
+def first_speaks() -> Iterator[None]:
+    """Lets nothing but the first process print while open."""
+    if not processes.rank():
+        yield
+        return
+    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
+        yield
 
 
 class _Notes(logging.Handler):
@@ -32,7 +45,10 @@ class _Notes(logging.Handler):
 
 @contextmanager
 def progress(what: str, unit: str = "examples") -> Iterator[Callable[[int, int], None]]:
-    """Yields a function ``(done, total)`` that shows how far something is."""
+    """Yields a function ``(done, total)`` that shows how far something is; the first process shows it."""
+    if processes.rank():
+        yield lambda done, total: None
+        return
     if sys.stderr.isatty():
         from rich.console import Console
         from rich.progress import (

@@ -5,10 +5,11 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import tyro
 
+from spectral_surgery import processes
 from spectral_surgery.cli import console
 from spectral_surgery.cli.commands import OfAdapter, together
 from spectral_surgery.errors import InputError
@@ -59,6 +60,8 @@ class Refine(OfAdapter):
     push_report: bool = False
     """Upload the report as well; it may show your rows."""
 
+    shared: ClassVar[bool] = True
+
     def run(self) -> None:
         """Prints the verdict and where the files are."""
         from spectral_surgery.refining.entry import carry_out, check_folder
@@ -84,7 +87,7 @@ class Refine(OfAdapter):
             print(missing)
         if self.reproduce:
             self._say_whether_it_agrees(found)
-        self._push(found)
+        processes.of_first(lambda: self._push(found))
 
     def _prepared(self, adapter: Any) -> Job:
         from spectral_surgery.refining.foreseen import foreseen

@@ -6,8 +6,9 @@ import os
 import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
+from spectral_surgery import processes
 from spectral_surgery.cli import console
 from spectral_surgery.cli.commands import Command
 from spectral_surgery.errors import AdapterError, InputError
@@ -34,6 +35,8 @@ class Train(Command, TrainOptions):
     dry_run: bool = False
     """Check everything and say what would be done, without loading the base model's weights."""
 
+    shared: ClassVar[bool] = True
+
     def run(self) -> None:
         """Trains and says what to do next."""
         os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL would report what is trained
@@ -57,7 +60,8 @@ class Train(Command, TrainOptions):
             for each in trained:
                 print(finished(prepared, each, self.refine_data))
                 if self.then == "refine":
-                    refine_trained(prepared, each, self.refine_data)
+                    with processes.alone():
+                        refine_trained(prepared, each, self.refine_data)
 
 
 def described(prepared: Prepared) -> str:

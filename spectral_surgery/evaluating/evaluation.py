@@ -17,6 +17,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from spectral_surgery import processes
 from spectral_surgery.adapter.saving import MANIFEST, check_output, write_folder
 from spectral_surgery.calibration import chat_renderer
 from spectral_surgery.errors import InputError, combine
@@ -173,6 +174,11 @@ def prepare(
         faults.append(f"--noise-floor is {noise_floor}; expected how often to score again.")
     if vllm is not None and importlib.util.find_spec("vllm") is None:
         faults.append("vLLM is not installed. Install it in an environment of its own, or use --backend hf.")
+    if vllm is not None and processes.count() > 1:
+        faults.append(
+            f"vLLM spreads over devices by itself, and {processes.count()} processes were started. Start one, with "
+            f"--vllm-args tensor_parallel_size=N or data_parallel_size=N."
+        )
     combine(faults)
     candidates: Candidates = found[1]
     render = _lazy_renderer(candidates)
@@ -265,8 +271,12 @@ def evaluate_to(
     """
     kept = unfinished(output)
     found = evaluate_prepared(prepared, kept=kept, progress=progress)
-    found.save(output, overwrite=overwrite)
-    Kept(kept).clear()
+
+    def write() -> None:
+        found.save(output, overwrite=overwrite)
+        Kept(kept).clear()
+
+    processes.of_first(write)
     return found
 
 
@@ -282,13 +292,13 @@ def evaluate_prepared(prepared: Prepared, *, kept: Path | None = None, progress:
     records: list[Record] = []
     with nullcontext(str(kept)) if kept else TemporaryDirectory() as folder:
         store = Kept(Path(folder))
-        lacking = [one for one in keys if not store.has(keys[one])]
+        lacking = processes.of_first(lambda: [one for one in keys if not store.has(keys[one])])
         done = _counted(progress, sum(suite.requests.values()), len(keys), len(keys) - len(lacking))
         scored = _scored if prepared.vllm is None else _served
         for one, found in scored(prepared, lacking, done) if lacking else ():
-            store.write(keys[one], found)
+            processes.of_first(partial(store.write, keys[one], found))
         for one, key in keys.items():
-            records += store.read(key, one.name)
+            records += processes.of_first(partial(store.read, key, one.name))
     about = {
         "adapters": {name: source_record(adapter) for name, adapter in candidates.adapters.items()},
         "base_model": candidates.base_model,
@@ -336,12 +346,15 @@ def another_size(batch_size: int, number: int) -> int:
 
 
 def _counted(progress: Progress | None, requests: int, scorings: int, there: int) -> Callable[[], None]:
-    """Returns what is called after every request, and tells how many of all are done; some scorings are there."""
-    done, total = there * requests, scorings * requests
+    """Returns what is called after every request of this process, and tells how many of all are done.
+
+    The other processes are taken to be as far, and some scorings may be there already.
+    """
+    done, total, together = there * requests, scorings * requests, processes.count()
 
     def count() -> None:
         nonlocal done
-        done += 1
+        done += together
         if progress:
             progress(min(done, total), total)
 

@@ -1,6 +1,8 @@
 """lm-evaluation-harness around a model that is already loaded: every task of a suite, per document.
 
 One language-model object serves every variant; what changes between two calls of :func:`run` is the model inside it.
+Several processes all build the same requests and share the answering. lm-evaluation-harness's own way, in which each
+builds the requests of its documents, would give these other few-shot examples than one process has.
 lm-evaluation-harness's two caches are never used: the one of answers does not notice that weights changed, and the one
 of prompts does not notice changed data, few-shot seeds or generation settings.
 """
@@ -10,7 +12,8 @@ from __future__ import annotations
 import copy
 import random
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain, groupby
 from typing import Any
 
 import lm_eval.evaluator
@@ -18,6 +21,7 @@ import numpy as np
 import torch
 from lm_eval.models.huggingface import HFLM
 
+from spectral_surgery import processes
 from spectral_surgery.evaluating.samples import Sample
 from spectral_surgery.evaluating.tasks import quiet
 
@@ -70,12 +74,32 @@ class LiveModel(HFLM):
         return not (self.ends & set(row) or any(word and word in text for word in stop))
 
     def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
-        """As lm-evaluation-harness's, without its own bar."""
-        return super().generate_until(requests, disable_tqdm=True)
+        """As lm-evaluation-harness's, without its own bar; the documents are dealt out to all processes."""
+        return self._dealt(super().generate_until, requests)
 
     def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> Any:
-        """As lm-evaluation-harness's, without its own bar."""
-        return super().loglikelihood(requests, disable_tqdm=True)
+        """As lm-evaluation-harness's, without its own bar; the documents are dealt out to all processes."""
+        return self._dealt(super().loglikelihood, requests)
+
+    def _dealt(self, answer: Callable[..., list[Any]], requests: Sequence[Any]) -> list[Any]:
+        """Returns the answers to all requests, in order; all processes get all of them."""
+
+        def some(share: list[list[int]]) -> tuple[dict[int, Any], dict[str, bool]]:
+            numbers = list(chain.from_iterable(share))
+            answers = answer([requests[number] for number in numbers], disable_tqdm=True)
+            return dict(zip(numbers, answers, strict=True)), self.ledger.cut
+
+        found: dict[int, Any] = {}
+        for answers, cut in processes.dealt(_documents(requests), some):
+            found |= answers
+            self.ledger.cut |= cut
+        return [found[number] for number in range(len(requests))]
+
+
+def _documents(requests: Sequence[Any]) -> list[list[int]]:
+    """Returns the numbers of each document's requests, which share a prompt and so are answered together."""
+    numbers = groupby(range(len(requests)), key=lambda number: (requests[number].task_name, requests[number].doc_id))
+    return [list(group) for _, group in numbers]
 
 
 def run(

@@ -9,8 +9,10 @@ by :mod:`.code_execution`, equal ones once, so that variants that wrote the same
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
+from spectral_surgery import processes
 from spectral_surgery.evaluating.code_execution import Outcome, Program, check_programs
 from spectral_surgery.evaluating.records import Record
 from spectral_surgery.evaluating.samples import Sample, from_samples
@@ -71,7 +73,7 @@ def score_model(
             found, ledger = run(lm, suite.tasks, suite.settings, fewshot_seed=suite.options.fewshot_seed, done=done)
         for task, samples in found.items():
             if task == "humaneval":
-                samples = with_verdicts(samples, verdicts)
+                samples = processes.of_first(partial(with_verdicts, samples, verdicts))
             cut = [ledger.truncated(sample) for sample in samples]
             records += from_samples(samples, variant=name, task=task, truncated=cut)
     return records

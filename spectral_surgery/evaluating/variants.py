@@ -15,6 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from spectral_surgery import processes
 from spectral_surgery.adapter import Adapter
 from spectral_surgery.adapter.saving import is_ours
 from spectral_surgery.errors import BaseModelError, InputError, combine
@@ -66,6 +67,7 @@ def prepare_adapters(names: Sequence[str], model: ModelOptions | None = None) ->
         InputError: If one cannot be read, is named twice, records another base model, or does not fit the base model.
     """
     model = model or ModelOptions()
+    processes.check(model.device, model.device_map)
     faults = [
         f"{name} is given twice. Give each adapter once." for name in dict.fromkeys(names) if names.count(name) > 1
     ]

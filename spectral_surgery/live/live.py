@@ -58,6 +58,7 @@ class Live:
         adapter_name: str = "default",
         paths: Iterable[str] | None = None,
     ) -> None:
+        _check_whole(model)
         self.model = model
         self.adapter = adapter or Adapter.from_model(model, adapter_name)
         self.tokenizer = tokenizer
@@ -250,6 +251,23 @@ def held_tensors(model: PeftModel, adapter_name: str) -> dict[str, Tensor]:
         for name, weight in model.named_parameters()
         if "lora_" in name and adapter_name in name.rpartition("lora_")[2].split(".")
     }
+
+
+def _check_whole(model: PeftModel) -> None:
+    """Refuses a model whose weights are spread over processes: gates need a layer's whole output and its own factors.
+
+    Raises:
+        BaseModelError: If FSDP or tensor parallelism holds them.
+    """
+    from torch.distributed.tensor import DTensor
+
+    pieces = [f"{name} is a DTensor" for name, weight in model.named_parameters() if isinstance(weight, DTensor)]
+    pieces += [f"{name} is in FSDP" for name, part in model.named_modules() if "FullySharded" in type(part).__name__]
+    if pieces:
+        raise BaseModelError(
+            f"The model is spread over processes by FSDP or tensor parallelism ({pieces[0]}). Load the whole base in "
+            f"each process, or spread it over the devices of one process with a device map."
+        )
 
 
 def _agree(held: Tensor | None, stored: Tensor) -> bool:

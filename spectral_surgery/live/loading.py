@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from spectral_surgery import processes
 from spectral_surgery.adapter import Adapter
 from spectral_surgery.adapter.kinds import plain_name
 from spectral_surgery.errors import BaseModelError, DataError
@@ -254,7 +255,9 @@ def _quantization(options: ModelOptions) -> Any:
 
 
 def default_device() -> str:
-    """Returns the first accelerator, else the CPU."""
+    """Returns the first accelerator, else the CPU; of several processes each has its own."""
+    if processes.count() > 1:
+        return processes.device()
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     return accelerator.type if accelerator else "cpu"
 

@@ -1,7 +1,8 @@
 """What an interrupted run has already worked out, by content: a second run with the same question goes on from there.
 
 Every file is named by a hash of all that its content depends on, so nothing stale can be read; it is written beside
-and renamed in, so a file that is there is whole.
+and renamed in, so a file that is there is whole. Of several processes only the first reads and writes, and all get
+what it read, so no two disagree about what is there.
 """
 
 from __future__ import annotations
@@ -12,9 +13,13 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+
+from spectral_surgery import processes
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -31,13 +36,15 @@ class Cache:
 
     def arrays(self, parts: tuple[object, ...], compute: Callable[[], Mapping[str, np.ndarray]]) -> dict[str, Any]:
         """Returns named arrays, computed once."""
-        path = self.folder / f"{self.key(*parts)}.npz"
-        if path.exists():
+
+        def load(path: Path) -> dict[str, Any]:
             with np.load(path, allow_pickle=False) as found:
                 return dict(found)
-        values = dict(compute())
-        self._write(path, lambda new: np.savez(new, **values))  # type: ignore[arg-type]
-        return values
+
+        def save(values: Mapping[str, np.ndarray], path: Path) -> None:
+            np.savez(path, **values)  # type: ignore[arg-type]
+
+        return self.file(parts, ".npz", compute, save, load)
 
     def array(self, parts: tuple[object, ...], compute: Callable[[], np.ndarray]) -> np.ndarray:
         """Returns one array, computed once."""
@@ -45,19 +52,32 @@ class Cache:
 
     def json(self, parts: tuple[object, ...], compute: Callable[[], Any]) -> Any:
         """Returns plain JSON, computed once."""
-        path = self.folder / f"{self.key(*parts)}.json"
-        if path.exists():
-            return json.loads(path.read_text(encoding="utf-8"))
-        value = compute()
-        self._write(path, lambda new: new.write_text(json.dumps(value), encoding="utf-8"))
-        return value
 
-    def file(self, parts: tuple[object, ...], suffix: str, write: Callable[[Path], object]) -> Path:
-        """Returns a file with this content, written once."""
+        def save(value: Any, path: Path) -> None:
+            path.write_text(json.dumps(value), encoding="utf-8")
+
+        return self.file(parts, ".json", compute, save, lambda path: json.loads(path.read_text(encoding="utf-8")))
+
+    def file(
+        self,
+        parts: tuple[object, ...],
+        suffix: str,
+        compute: Callable[[], Any],
+        save: Callable[[Any, Path], object],
+        load: Callable[[Path], T],
+    ) -> T:
+        """Returns what a file holds, computed and saved once; every process computes, the first saves and loads."""
         path = self.folder / f"{self.key(*parts)}{suffix}"
-        if not path.exists():
-            self._write(path, write)
-        return path
+        found = processes.of_first(lambda: [load(path)] if path.exists() else [])
+        if found:
+            return found[0]
+        value = compute()
+
+        def saved() -> T:
+            self._write(path, lambda new: save(value, new))
+            return load(path)
+
+        return processes.of_first(saved)
 
     def _write(self, path: Path, write: Callable[[Path], object]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,8 @@ same number of steps with the same rows on the factors A and B: ordinary trainin
 
     (task loss) / (what the adapter learned) + keep_weight (keep loss) / (what it forgot)
 
-and both keep the state that was best on a quarter of the rows, which their steps never see.
+and both keep the state that was best on a quarter of the rows, which their steps never see. Several processes share
+the rows of a step and add up their gradients, so all take the same step.
 """
 
 from __future__ import annotations
@@ -14,14 +15,16 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from spectral_surgery import processes
 from spectral_surgery.adapter import Adapter
-from spectral_surgery.calibration import Tokenized, batches
+from spectral_surgery.calibration import Tokenized, TokenizedExample, batches
 from spectral_surgery.errors import RunError
 from spectral_surgery.live import Live
 from spectral_surgery.policies import Gates
@@ -186,8 +189,10 @@ def _minimise(
     for step in range(1, steps.count + 1):
         optimiser.zero_grad()
         for term, stream in streams:
-            rows = next(stream)
-            _add_gradient(live, term, rows, len(rows.examples), opened, moved)
+            rows = next(stream).examples
+            processes.dealt(rows, partial(_add_gradient, live, term, total=len(rows), opened=opened, moved=moved))
+        for value, gradient in zip(moved, processes.summed([_gradient(value) for value in moved]), strict=True):
+            value.grad = gradient
         optimiser.step()
         with torch.no_grad():
             bound()
@@ -201,7 +206,8 @@ def _minimise(
 def _add_gradient(
     live: Live,
     term: Term,
-    rows: Tokenized,
+    examples: list[TokenizedExample],
+    *,
     total: int,
     opened: Callable[[], AbstractContextManager[None]],
     moved: Sequence[Tensor],
@@ -215,7 +221,8 @@ def _add_gradient(
     """
     try:
         with torch.enable_grad(), opened():
-            batch = batches(rows, batch_size=len(rows.examples))[0].to(live.device)
+            rows = Tokenized(examples, 0)
+            batch = batches(rows, batch_size=len(examples))[0].to(live.device)
             loss = term.loss_of(rows)(live.model, batch).sum() / (total * term.scale)
             if not loss.isfinite():
                 raise RunError("The loss of a step is not finite. Use --dtype bfloat16 or float32.")
@@ -225,14 +232,18 @@ def _add_gradient(
                 value.grad = gradient if value.grad is None else value.grad + gradient
         return
     except torch.OutOfMemoryError as error:
-        if len(rows.examples) == 1:
+        if len(examples) == 1:
             raise RunError(
                 "One row alone needs more memory than there is. Use --gradient-checkpointing, --load-in-4bit or a "
                 "smaller --max-length, or --steps 0."
             ) from error
-    half = len(rows.examples) // 2
-    for piece in (rows.examples[:half], rows.examples[half:]):
-        _add_gradient(live, term, Tokenized(piece, 0), total, opened, moved)
+    half = len(examples) // 2
+    for piece in (examples[:half], examples[half:]):
+        _add_gradient(live, term, piece, total=total, opened=opened, moved=moved)
+
+
+def _gradient(value: Tensor) -> Tensor:
+    return torch.zeros_like(value) if value.grad is None else value.grad
 
 
 def _stream(rows: Tokenized, steps: Steps) -> Iterator[Tokenized]:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from spectral_surgery import processes
 from spectral_surgery.adapter import Adapter
 from spectral_surgery.adapter.saving import MANIFEST, check_output
 from spectral_surgery.errors import OutputError
@@ -115,11 +116,21 @@ def carry_out(
     if folder is None:
         with tempfile.TemporaryDirectory() as scratch:
             found = run(job, Path(scratch), progress=progress)
-            chosen = winner(found)
-            return Refinement(record(found), chosen.adapter if chosen else None, None)
+            return Refinement(_verdict(found), _edited(found), None)
     found = run(job, folder / CACHE, progress=progress)
+    verdict = _verdict(found)
+    processes.of_first(lambda: _write(found, verdict, folder, overwrite))
+    return Refinement(verdict, _edited(found), folder)
+
+
+def _verdict(found: Found) -> dict[str, Any]:
     verdict = record(found)
-    return Refinement(verdict, _write(found, verdict, folder, overwrite), folder)
+    return processes.of_first(lambda: verdict)
+
+
+def _edited(found: Found) -> Adapter | None:
+    chosen = winner(found)
+    return chosen.adapter if chosen else None
 
 
 def check_folder(folder: Path, *, overwrite: bool, adapter: Adapter) -> None:
@@ -144,15 +155,15 @@ def check_folder(folder: Path, *, overwrite: bool, adapter: Adapter) -> None:
         )
 
 
-def _write(found: Found, verdict: Mapping[str, Any], folder: Path, overwrite: bool) -> Adapter | None:
+def _write(found: Found, verdict: Mapping[str, Any], folder: Path, overwrite: bool) -> None:
     """Writes adapter, report and verdict, the verdict last: where it is, everything is."""
     (folder / VERDICT).unlink(missing_ok=True)
     target, chosen = folder / ADAPTER, winner(found)
     edited = chosen.adapter if chosen else None
-    if edited is None:
+    if chosen is None or edited is None:
         if (target / MANIFEST).exists():
             shutil.rmtree(target)
-    elif chosen:
+    else:
         manifest = {
             "policy": chosen.name,
             "verdict": verdict["sentence"],
@@ -172,4 +183,3 @@ def _write(found: Found, verdict: Mapping[str, Any], folder: Path, overwrite: bo
     staged = folder / f".{VERDICT}"
     staged.write_text(json.dumps(verdict, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     staged.replace(folder / VERDICT)
-    return edited

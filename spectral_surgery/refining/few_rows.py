@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, replace
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from spectral_surgery.calibration import Tokenized
 from spectral_surgery.judging.rule import gain_interval, pair
@@ -64,13 +65,13 @@ def _both(ready: Ready, evidence: Evidence, size: int) -> Iterator[Candidate]:
     key = (weight, steps, digests, [term.scale for term in terms])
     gates = cache.arrays(("few rows", *key), lambda: descend(live, terms, steps))
     yield replace(few_steps(gates, weight)[0], name="few-step tuning")
+    save = partial(save_file, metadata={"format": "pt"})
     for rate in RATES:
 
-        def train(path: Path, rate: float = rate) -> None:
-            trained = carry_on(live, terms, steps, learning_rate=rate)
-            save_file(dict(trained.tensors), path, metadata={"format": "pt"})
+        def train(rate: float = rate) -> dict[str, Tensor]:
+            return dict(carry_on(live, terms, steps, learning_rate=rate).tensors)
 
-        tensors = load_file(cache.file(("few rows, continue", rate, *key), ".safetensors", train))
+        tensors = cache.file(("few rows, continue", rate, *key), ".safetensors", train, save, load_file)
         yield Candidate(f"continue lr {rate:g}", "continue", "", adapter=replace(live.adapter, tensors=tensors))
 
 
@@ -87,7 +88,7 @@ def _told(size: int, split: Split, names: list[str]) -> list[dict[str, Any]]:
         one: dict[str, Any] = {"rows": size, "name": name, "ahead": None}
         one |= {side: _mean(getattr(scores, side)) for side in ("task", "skills")}
         if name != tuning:
-            pairs = {side: pair(split, tuning, name, side) for side in ("task", "skills")}  # type: ignore[arg-type]
+            pairs = {side: pair(split, tuning, name, side) for side in ("task", "skills")}
             one["ahead"] = {side: asdict(gain_interval(both, CONFIDENCE)) for side, both in pairs.items()}
         found.append(one)
     return found

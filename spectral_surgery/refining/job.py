@@ -7,7 +7,7 @@ import re
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from spectral_surgery import __version__
+from spectral_surgery import __version__, processes
 from spectral_surgery.adapter import Adapter
 from spectral_surgery.calibration import data_digest
 from spectral_surgery.formats import DataOptions
@@ -115,6 +115,7 @@ def prepare(
     options, rows, model = options or RefineOptions(), rows or DataOptions(), model or ModelOptions()
     batching = batching or BatchOptions()
     options.check()
+    processes.check(model.device, model.device_map)
     selection = selection or Selection(("all",))
     paths = select(adapter.updates, selection)
     config = load_config(adapter, model)

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ from spectral_surgery.judging.trials import Measure
 from spectral_surgery.keeping import Keep, answer_by
 from spectral_surgery.live import Live
 from spectral_surgery.measurement import Measurement
-from spectral_surgery.measuring import measure_live
+from spectral_surgery.measuring import measure_together
 from spectral_surgery.refining.bench import Bench, Part, Progress, Times
 from spectral_surgery.refining.cache import Cache
 from spectral_surgery.refining.descent import Term
@@ -166,19 +165,19 @@ def _measurement(
 ) -> Measurement:
     digests = [example.digest for example in rows.examples]
 
-    def write(path: Path) -> None:
-        found = measure_live(
+    def compute() -> Measurement:
+        return measure_together(
             live,
             batches(rows.tokenized, token_budget=job.batching.tokens),
+            digests,
             loss=loss_of(rows.tokenized),
-            digests=digests,
             checkpointing=job.model.gradient_checkpointing,
             progress=progress,
         )
-        save_measurement(found, path, overwrite=True)
 
     kind = "own loss" if loss_of is answer_loss_of else "drift"
-    return load_measurement(cache.file(("measurement", kind, digests), ".safetensors", write))
+    parts = ("measurement", kind, digests)
+    return cache.file(parts, ".safetensors", compute, partial(save_measurement, overwrite=True), load_measurement)
 
 
 def _check_template(ready: Ready, base: np.ndarray, own: np.ndarray) -> None:

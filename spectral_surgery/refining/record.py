@@ -10,8 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from spectral_surgery import __version__
-from spectral_surgery.judging import ledger
+from spectral_surgery import __version__, processes
 from spectral_surgery.judging.rule import margins
 from spectral_surgery.judging.trials import BASE, UNEDITED, Scores, Split
 from spectral_surgery.judging.verdict import plain
@@ -42,7 +41,7 @@ def record(found: Found) -> dict[str, Any]:
         "rule": {
             "may_lose": job.rule.may_lose,
             "error_rate": job.rule.error_rate,
-            "earlier_verdicts": ledger.earlier(job.test_digest, job.run_key),
+            "earlier_verdicts": found.earlier,
             "level": found.judgement.level,
             "seen_rows_only": job.task.seen_only,
             "swapped": found.judgement.swapped is not None,
@@ -303,7 +302,8 @@ def _edit(found: Found) -> dict[str, Any] | None:
 
 def _environment() -> dict[str, Any]:
     found = run_record()
-    return {"python": found["python"], "platform": found["platform"], **found["versions"]}
+    about = {"python": found["python"], "platform": found["platform"], "processes": str(processes.count())}
+    return {**about, **found["versions"]}
 
 
 def _options(found: Found) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from spectral_surgery import processes
 from spectral_surgery.adapter import Adapter
 from spectral_surgery.errors import RunError
 from spectral_surgery.judging import ledger
@@ -51,6 +52,8 @@ class Found:
     verdict: Verdict
     evidence: Evidence
     times: Times
+    earlier: int
+    """Verdicts that other runs gave on the same test rows before."""
     checks: list[dict[str, Any]]
     """Scores by another instrument, where one was asked for."""
     few_rows: list[dict[str, Any]]
@@ -93,7 +96,8 @@ def _extent(ready: Ready) -> Extent:
     start = time.perf_counter()
     per_example(ready.bench.live, first.task.tokenized, answer_loss_of)
     per_example(ready.bench.live, first.keep.tokenized, ready.keep_loss)
-    row = (time.perf_counter() - start) / (len(first.task) + len(first.keep))
+    took = time.perf_counter() - start
+    row = processes.of_first(lambda: took) / (len(first.task) + len(first.keep))
     steps = Steps()
     part = len(ready.validation.task) + len(ready.validation.keep)
     found = extent(options, row, part, 3 * 2 * steps.rows * row)
@@ -132,7 +136,8 @@ def _judged(
     edits = [c.name for c in candidates if c.family not in (*RIVALS, "base", "unedited")]
     contenders = [candidate.contender for candidate in candidates]
     always = [c.name for c in candidates if c.family in ("base", "unedited", "strength", *RIVALS)]
-    level = rule.level(ledger.earlier(job.test_digest, job.run_key))
+    earlier = processes.of_first(lambda: ledger.earlier(job.test_digest, job.run_key))
+    level = rule.level(earlier)
     with times.of("trying"):
         part = ready.validation + ready.test if job.task.swapped else ready.validation
         # Halves that also confirm must not decide who is scored on them.
@@ -154,7 +159,6 @@ def _judged(
             part = tested(ready, judgement).first(24, 16)
             random = _random(ready, evidence, known[judgement.winner], part, size.permutations, progress)
     rate = _replayed(job, judgement, edits, level)
-    earlier = ledger.earlier(job.test_digest, job.run_key)
     verdict = decide(
         judgement,
         rule,
@@ -164,7 +168,7 @@ def _judged(
         earlier=earlier,
         seen_rows_only=job.task.seen_only,
     )
-    ledger.note(job.test_digest, job.run_key, outcome=verdict.outcome)
+    processes.of_first(lambda: ledger.note(job.test_digest, job.run_key, outcome=verdict.outcome))
     checks: list[dict[str, Any]] = []
     if job.check:
         with times.of("another instrument"):
@@ -174,7 +178,7 @@ def _judged(
     if job.options.few_rows and job.options.steps:
         with times.of("16, 32 and all rows"):
             few = few_rows(ready, evidence, tested(ready, judgement), progress)
-    return Found(ready, known, tried, judgement, verdict, evidence, times, checks, few)
+    return Found(ready, known, tried, judgement, verdict, evidence, times, earlier, checks, few)
 
 
 def _standing(job: Job, known: dict[str, Candidate], winner: str | None) -> dict[str, Candidate]:

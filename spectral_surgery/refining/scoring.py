@@ -10,6 +10,7 @@ import string
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 
+from spectral_surgery import processes
 from spectral_surgery.calibration import Batch, Tokenized, batches, tokenize
 from spectral_surgery.divergence import in_halves
 from spectral_surgery.errors import DataError, InputError, RunError
@@ -62,6 +64,8 @@ class Objective:
 def per_example(live: Live, rows: Tokenized, loss_of: LossOf, batching: BatchOptions | None = None) -> Vector:
     """Returns a loss's value on every row; a batch that does not fit into memory is halved.
 
+    Several processes share the batches, and all get every value.
+
     Raises:
         RunError: If a value is not finite, or one row alone does not fit.
     """
@@ -70,12 +74,16 @@ def per_example(live: Live, rows: Tokenized, loss_of: LossOf, batching: BatchOpt
     loss = loss_of(rows)
     values = np.zeros(len(rows.examples))
 
-    def score(batch: Batch) -> None:
-        values[list(batch.indices)] = loss(live.model, batch.to(live.device)).to("cpu", torch.float64).numpy()
+    def score(batch: Batch) -> tuple[list[int], np.ndarray]:
+        return list(batch.indices), loss(live.model, batch.to(live.device)).to("cpu", torch.float64).numpy()
+
+    def scored(share: list[Batch]) -> list[tuple[list[int], np.ndarray]]:
+        return [found for batch in share for found in in_halves(score, batch)]
 
     with live.still():
-        for batch in batches(rows, token_budget=batching.tokens, batch_size=size):
-            in_halves(score, batch)
+        every = batches(rows, token_budget=batching.tokens, batch_size=size)
+        for indices, losses in chain.from_iterable(processes.dealt(every, scored)):
+            values[indices] = losses
     if not np.isfinite(values).all():
         bad = np.flatnonzero(~np.isfinite(values))
         raise RunError(
@@ -191,8 +199,9 @@ def custom_objective(name: str, batching: BatchOptions) -> Objective:
     def score(live: Live, rows: Rows) -> Vector:
         found = answers(live, rows, batching)
         prompts = [row.prompt for row in rows.examples]
+        wanted = [row.answer for row in rows.examples]
         try:
-            values = np.asarray(function(prompts, found, [row.answer for row in rows.examples]), dtype=float)
+            values = np.asarray(processes.of_first(lambda: function(prompts, found, wanted)), dtype=float)
         except Exception as error:
             raise RunError(f"The objective {name} raised {type(error).__name__}: {error}.") from error
         if values.shape != (len(rows),) or not np.isfinite(values).all():

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from functools import partial
 
 import numpy as np
+from torch import Tensor
 
 from spectral_surgery.adapter import Adapter
 from spectral_surgery.errors import AdapterError
@@ -183,11 +184,12 @@ def _continued(
     """Returns the rival: ordinary training carried on for as many steps with the same rows."""
     from safetensors.torch import load_file, save_file
 
-    def train(path: Path) -> None:
+    def train() -> dict[str, Tensor]:
         trained = carry_on(live, evidence.terms(weight), steps, learning_rate=rate, progress=progress)
-        save_file(dict(trained.tensors), path, metadata={"format": "pt"})
+        return dict(trained.tensors)
 
-    tensors = load_file(cache.file(("continue", weight, rate, *key), ".safetensors", train))
+    save = partial(save_file, metadata={"format": "pt"})
+    tensors = cache.file(("continue", weight, rate, *key), ".safetensors", train, save, load_file)
     return Candidate(
         f"continue lr {rate:g}",
         "continue",
