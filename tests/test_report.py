@@ -53,7 +53,7 @@ def test_the_table_has_base_yours_strength_rival_and_refined_with_their_scores(r
 
 def test_of_three_prompts_one_is_a_broken_one(refined: dict[str, Any]) -> None:
     shown = report.summary(refined)
-    assert shown.count("  refined   ") == 3
+    assert shown.partition("fixed, other skills")[2].count("  refined   ") == 3
     assert "broken, task: Which is larger, 1006 or 1060?" in shown
     assert "Which is larger" not in report.summary(refined, examples=False)
 
