@@ -22,6 +22,7 @@ from spectral_surgery.cli.estimate import Estimate
 from spectral_surgery.cli.evaluate import Evaluate
 from spectral_surgery.cli.export import Export
 from spectral_surgery.cli.inspect import Inspect
+from spectral_surgery.cli.miniature import Miniature
 from spectral_surgery.cli.refine import Refine
 from spectral_surgery.cli.report import Report
 from spectral_surgery.cli.speclora import SpecLora
@@ -43,6 +44,7 @@ COMMANDS = (
     Evaluate,
     Sweep,
     Report,
+    Miniature,
     Train,
     SpecLora,
     Weights,

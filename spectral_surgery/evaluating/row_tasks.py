@@ -77,7 +77,7 @@ def _choice_task(path: Path, rows: Sequence[Mapping[str, Any]]) -> Config:
         "custom_dataset": partial(in_memory, {"test": docs}),
         "output_type": "multiple_choice",
         "test_split": "test",
-        "doc_to_text": _choice_text,
+        "doc_to_text": choice_text,
         "doc_to_target": lambda doc: doc["right"],
         "doc_to_choice": lambda doc: list(LETTERS[: len(doc["choices"])]),
         "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
@@ -85,7 +85,7 @@ def _choice_task(path: Path, rows: Sequence[Mapping[str, Any]]) -> Config:
     }
 
 
-def _choice_text(doc: Mapping[str, Any]) -> str:
+def choice_text(doc: Mapping[str, Any]) -> str:
     lines = [f"{letter}. {choice}" for letter, choice in zip(LETTERS, doc["choices"], strict=False)]
     return "\n".join([f"Question: {doc['question']}", *lines, "Answer:"])
 

@@ -61,14 +61,18 @@ class Ready:
         return self.rows[item.adapter.path, str(item.adapter.data), item.seed]
 
 
-def prepare_study(study: Study) -> Ready:
+def prepare_study(study: Study, items: Sequence[Item] | None = None) -> Ready:
     """Returns a study checked.
+
+    Args:
+        study: What is varied, and how it is scored.
+        items: The runs, in place of every one that the study spells out.
 
     Raises:
         InputError: Whatever is wrong with adapters, their base, suites, rows, modules or policies; as much of it
             together as can be.
     """
-    items = spell_out(study)
+    items = spell_out(study) if items is None else items
     paths = list(dict.fromkeys(adapter.path for adapter in study.adapters))
     candidates = prepare_adapters(paths, study.model)
     adapters = dict(zip(paths, candidates.adapters.values(), strict=True))
