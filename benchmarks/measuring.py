@@ -14,7 +14,10 @@ tokens, so ours are weighted so for the comparison. On a CPU the time is the pro
 stretches less; ``--wall`` takes the clock's.
 
 Then K candidates are scored, by switching gates and by writing the edited adapter, merging it into the base, saving
-and loading the whole model; and the switching alone is timed.
+and loading the whole model; and the switching alone is timed, also for an adapter of Llama-3.1-8B's size on a base
+that is only shapes.
+
+``--profile`` says instead where the time of ``ours`` goes. The profiler stretches it, Python above all.
 """
 
 from __future__ import annotations
@@ -25,22 +28,24 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
 import tyro
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import Tensor
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from spectral_surgery import policies
 from spectral_surgery.adapter import Adapter
 from spectral_surgery.calibration import Batch, Tokenized, TokenizedExample, batches
-from spectral_surgery.live import Live
+from spectral_surgery.live import Live, Probe
 from spectral_surgery.measurement import Measurement
 from spectral_surgery.measuring import measure_live
 from spectral_surgery.objective import answer_loss
@@ -51,6 +56,22 @@ from spectral_surgery.tables import table
 FOUR = ("abs_select", "smooth_abs", "grad_direction", "random_index")
 """The paper's policies."""
 KINDS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+LARGE = LlamaConfig(
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    vocab_size=128256,
+)
+"""Llama-3.1-8B's shapes."""
+PARTS = {
+    "gates": ("gates", "_GateBackward"),
+    "loss": ("_TokenLosses", "_TokenLossesBackward"),
+    "attention": ("aten::scaled_dot_product_attention", "ScaledDotProduct"),
+    "matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::matmul", "aten::linear"),
+}
+"""Beginnings of the names under which the profiler counts an operation, or one that it is part of."""
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.2}
 """Largest difference of the two ways' sensitivities, relative to a module's largest."""
 
@@ -91,6 +112,8 @@ class Sizes:
     """Threads on a CPU."""
     wall: bool = False
     """Take the clock's time, not the process's own. Always so on an accelerator."""
+    profile: bool = False
+    """Say where the time of ours goes, and nothing else."""
 
 
 def adapted(sizes: Sizes, folder: Path) -> Live:
@@ -260,6 +283,39 @@ def measuring(live: Live, tokenized: Tokenized, sizes: Sizes) -> dict[str, Any]:
     return {"seconds": seconds, "spectra": spectra, "policies": four, "difference": worst, "batches": len(made)}
 
 
+def switched(live: Live, several: list[dict[str, np.ndarray]]) -> float:
+    """Returns the median seconds of switching all gates, of fifty times, the process's own."""
+
+    def switch(one: dict[str, np.ndarray]) -> float:
+        start = time.process_time()
+        with live.gated(one):
+            return time.process_time() - start
+
+    return statistics.median(switch(several[i % len(several)]) for i in range(50))
+
+
+def large(rank: int = 16) -> dict[str, Any]:
+    """Returns what switching costs with an adapter of Llama-3.1-8B's size on a base that is only shapes."""
+    with torch.device("meta"):
+        base = LlamaForCausalLM(LARGE)
+    lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=KINDS, task_type="CAUSAL_LM")
+    model = get_peft_model(base, lora)
+    generator = torch.Generator().manual_seed(0)
+    for module in model.modules():
+        for factor in [*getattr(module, "lora_A", {}).values(), *getattr(module, "lora_B", {}).values()]:
+            factor.weight = nn.Parameter(0.02 * torch.randn(factor.weight.shape, generator=generator))
+    live = Live(model)
+    several = random_gates(live, 2)
+    switched(live, several)  # so that spectra and directions are there
+    return {"modules": len(live.paths), "rank": rank, "switching": switched(live, several)}
+
+
+def random_gates(live: Live, count: int) -> list[dict[str, np.ndarray]]:
+    """Returns so many candidates."""
+    rng = np.random.default_rng(1)
+    return [{path: rng.uniform(0.5, 1.5, len(live.spectra[path].S)) for path in live.paths} for _ in range(count)]
+
+
 def by_gates(live: Live, gates: dict[str, np.ndarray], made: list[Batch]) -> float:
     """Returns a candidate's mean loss, with gates switched in the loaded model."""
     with live.gated(gates), torch.no_grad():
@@ -282,29 +338,19 @@ def by_merging(live: Live, gates: dict[str, np.ndarray], made: list[Batch], size
 def trying(live: Live, tokenized: Tokenized, sizes: Sizes, folder: Path) -> dict[str, Any]:
     """Returns what a candidate costs by gates and by merging, and what switching costs."""
     made = batches(tokenized, token_budget=sizes.token_budget)
-    rng = np.random.default_rng(1)
-    several = [
-        {path: rng.uniform(0.5, 1.5, len(live.spectra[path].S)) for path in live.paths}
-        for _ in range(sizes.candidates)
-    ]
+    several = random_gates(live, sizes.candidates)
     by_gates(live, several[0], made)  # to warm up
     unedited, _ = timed(lambda: by_gates(live, {}, made), sizes)
     gates = [timed(lambda one=one: by_gates(live, one, made), sizes) for one in several]
     merged = [timed(lambda one=one: by_merging(live, one, made, sizes, folder), sizes) for one in several[:2]]
-
-    def switch(one: dict[str, np.ndarray]) -> float:
-        start = time.perf_counter()
-        with live.gated(one):
-            entered = time.perf_counter() - start
-        return entered
-
     return {
         "forward": unedited,
         "by gates": [seconds for seconds, _ in gates],
         "by merging": [seconds for seconds, _ in merged],
         "losses": [[loss for _, loss in found] for found in (gates, merged)],
-        "switching": statistics.median(switch(several[i % len(several)]) for i in range(50)),
+        "switching": switched(live, several),
         "modules": len(live.paths),
+        "large": large(),
     }
 
 
@@ -331,9 +377,45 @@ def printed(found: dict[str, Any]) -> str:
         text += (
             f"\n\nA candidate by gates: {gates:.2f} s, {gates / trying['forward']:.3f} of a forward without gates; by "
             f"merge and reload: {merging:.2f} s, {merging / gates:.1f} times as much."
-            f"\nSwitching the gates of {trying['modules']} modules: {1e3 * trying['switching']:.2f} ms"
+            f"\nSwitching the gates of {trying['modules']} modules: {1e3 * trying['switching']:.2f} ms; of the "
+            f"{trying['large']['modules']} modules of rank {trying['large']['rank']} of an adapter for Llama-3.1-8B: "
+            f"{1e3 * trying['large']['switching']:.2f} ms"
         )
     return text
+
+
+def profiled(live: Live, tokenized: Tokenized, sizes: Sizes) -> dict[str, float]:
+    """Returns the seconds of every part of one measurement, on a CPU."""
+    made, outputs = batches(tokenized, token_budget=sizes.token_budget), Probe.outputs
+
+    def marked(*args: Any) -> Tensor:
+        with record_function("gates"):
+            return outputs(*args)
+
+    measure_live(live, made)
+    with patch.object(Probe, "outputs", marked), profile(activities=[ProfilerActivity.CPU]) as found:
+        whole, _ = timed(lambda: measure_live(live, made), replace(sizes, wall=True))
+    seconds = dict.fromkeys([*PARTS, "other operations"], 0.0)
+    for event in found.events():
+        seconds[part_of(event)] += event.self_cpu_time_total / 1e6
+    return {**seconds, "Python and the rest": whole - sum(seconds.values())}
+
+
+def part_of(event: Any) -> str:
+    """Returns the first part that an operation or what it is within belongs to."""
+    names = []
+    while event is not None:
+        names.append(event.name.removeprefix("autograd::engine::evaluate_function: "))
+        event = event.cpu_parent
+    belongs = (part for part, starts in PARTS.items() if any(name.startswith(starts) for name in names))
+    return next(belongs, "other operations")
+
+
+def shares(seconds: dict[str, float]) -> str:
+    """Returns the table of a profile."""
+    whole = sum(seconds.values())
+    lines = [[name, f"{value:.2f}", f"{100 * value / whole:.1f} %"] for name, value in seconds.items()]
+    return table(["where ours goes", "s", "share"], lines)
 
 
 def main() -> None:
@@ -352,15 +434,18 @@ def main() -> None:
             },
             "parameters": sum(weight.numel() for weight in live.model.parameters()),
             "tokens": sum(len(example.input_ids) for example in tokenized.examples),
-            "measuring": measuring(live, tokenized, sizes),
         }
-        if sizes.candidates:
+        if sizes.profile:
+            found["profile"] = profiled(live, tokenized, sizes)
+        else:
+            found["measuring"] = measuring(live, tokenized, sizes)
+        if sizes.candidates and not sizes.profile:
             found["trying"] = trying(live, tokenized, sizes, Path(name))
     print(f"{found['parameters'] / 1e6:.0f}M parameters, {found['tokens']} tokens in {sizes.examples} rows\n")
-    print(printed(found))
+    print(shares(found["profile"]) if sizes.profile else printed(found))
     sizes.output.parent.mkdir(parents=True, exist_ok=True)
     sizes.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    if not found["measuring"]["difference"] <= TOLERANCE[getattr(torch, sizes.dtype)]:
+    if not sizes.profile and not found["measuring"]["difference"] <= TOLERANCE[getattr(torch, sizes.dtype)]:
         raise SystemExit("error: the two ways' sensitivities differ by more than rounding.")
 
 

@@ -12,6 +12,8 @@ width a and feed-forward width f:
 With recomputed activations it is one hidden state a layer (bh), and one layer's whole while that is passed. Passing a
 layer takes half as much again as it keeps. Before, at the other peak, there are the logits and their gradient at
 answer tokens (2bV), in float32 in small pieces.
+Rows that are packed into one sequence on a base without flash attention need a mask of every pair of their tokens: a
+byte, and b bytes more in every layer whose activations are kept.
 What the allocator wastes is not known beforehand; :data:`SLACK` is allowed for it.
 """
 
@@ -26,11 +28,12 @@ import torch
 from torch import nn
 
 from spectral_surgery.adapter import Adapter
-from spectral_surgery.calibration import IGNORED, Tokenized, TokenizedExample, batches
+from spectral_surgery.calibration import IGNORED, Tokenized, TokenizedExample
 from spectral_surgery.formats import DataOptions
 from spectral_surgery.live.loading import TASKS, default_device, load_config
 from spectral_surgery.objective import AT_ONCE
 from spectral_surgery.options import BatchOptions, ModelOptions
+from spectral_surgery.packing import formed, is_wanted
 from spectral_surgery.selection import Selection, layer, select
 
 NF4 = 0.5 + 4 / 64
@@ -61,10 +64,13 @@ class Costs:
     matrix: int
     """Numbers in the weight matrices that every token goes through; the layers' and the head's."""
     recomputed: bool
+    pair: int = 0
+    """For every pair of tokens that are packed into one sequence, where attention needs a mask of them."""
 
-    def peak(self, tokens: int, labels: int) -> int:
+    def peak(self, tokens: int, labels: int, *, packed: bool = False) -> int:
         """Returns the bytes at the peak of a batch."""
-        moving = self.fixed + tokens * self.token + max(labels * self.label, tokens * self.working)
+        masks = self.pair * tokens**2 if packed else 0
+        moving = self.fixed + masks + tokens * self.token + max(labels * self.label, tokens * self.working)
         return round(self.weights + self.adapter + (1 + SLACK) * moving)
 
     def tokens(self, free: int) -> int:
@@ -117,6 +123,7 @@ def costs_of(skeleton: Any, config: Any, adapter: Adapter, options: ModelOptions
         fixed=2 * 4 * AT_ONCE + (2 * size * widest if quantised else 0),
         matrix=matrix + (head.weight.numel() if isinstance(head, nn.Linear) else 0),
         recomputed=again,
+        pair=0 if is_wanted(BatchOptions(), options.attn_implementation) else 1 + size * (1 if again else layers),
     )
 
 
@@ -166,6 +173,8 @@ class Estimated:
     """Of the largest batch, padding included."""
     labels: int
     """Answer tokens of that batch."""
+    packed: bool
+    """Whether rows are packed into one sequence."""
     memory: float | None
     """GiB that there are."""
     speed: float
@@ -175,7 +184,7 @@ class Estimated:
     @property
     def peak(self) -> int:
         """Bytes at the peak."""
-        return self.costs.peak(self.batch, self.labels)
+        return self.costs.peak(self.batch, self.labels, packed=self.packed)
 
     def in_words(self) -> str:
         """Returns some lines for the terminal."""
@@ -227,12 +236,13 @@ def estimate(
     found = costs(adapter, model, select(adapter.updates, selection))
     if rows is None:
         rows = [TokenizedExample((0,) * data.max_length, 1, "")] * data.count()
-    size = None if batching.batch_size == "auto" else batching.batch_size
     device = model.device or default_device()
     budget = CPU_TOKENS if batching.token_budget == "auto" and device == "cpu" else batching.tokens
-    made = batches(Tokenized(list(rows), 0), token_budget=budget, batch_size=size)
+    packed = is_wanted(batching, model.attn_implementation)
+    made = formed(Tokenized(list(rows), 0), budget, batching, packed=packed)
     sizes = [(batch.input_ids.numel(), int((batch.labels != IGNORED).sum())) for batch in made]
-    largest = max(sizes, key=lambda one: found.peak(*one))
+    tokens, labels = max(sizes, key=lambda one: found.peak(*one, packed=packed))
     if memory is None and device != "cpu":
         memory = torch.accelerator.get_memory_info(device)[1] / GIB
-    return Estimated(found, len(rows), sum(n for n, _ in sizes), *largest, memory, speed(device), device)
+    whole = sum(count for count, _ in sizes)
+    return Estimated(found, len(rows), whole, tokens, labels, packed, memory, speed(device), device)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -156,7 +156,7 @@ def varlen(q: Any, k: Any, v: Any, *, cu_seqlens_q: Any, cu_seqlens_k: Any, **se
     assert ends == cu_seqlens_k.tolist()
     assert settings["causal"]
     parts = []
-    for start, end in itertools.pairwise(ends):
+    for start, end in pairwise(ends):
         one = [x[start:end].transpose(0, 1)[None] for x in (q, k, v)]
         out = torch.nn.functional.scaled_dot_product_attention(*one, is_causal=True, enable_gqa=True)
         parts.append(out[0].transpose(0, 1))

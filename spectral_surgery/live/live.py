@@ -122,8 +122,8 @@ class Live:
         Args:
             gates: By module path, (k,) for all examples or (examples, k); a subset of :attr:`paths`.
         """
-        alphas = {path: torch.as_tensor(np.atleast_2d(alpha)) for path, alpha in gates.items()}
-        alphas = {path: alpha for path, alpha in alphas.items() if (alpha != 1).any()}
+        changed = {path: np.atleast_2d(alpha) for path, alpha in gates.items() if (np.asarray(alpha) != 1).any()}
+        alphas = {path: torch.as_tensor(alpha) for path, alpha in changed.items()}
         with attached([site for site in self._sites if site.path in alphas], Held(alphas)):
             yield
 

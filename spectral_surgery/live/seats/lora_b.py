@@ -41,8 +41,7 @@ def components(site: Site, update: LowRank, spectrum: Spectrum) -> Components:
 def attach(sites: list[Site], gating: Gating, stack: ExitStack) -> None:
     """Puts a forward hook on lora_B."""
     for site in sites:
-        handle = site.layer.lora_B[site.adapter].register_forward_hook(_hook(site, gating))
-        stack.callback(handle.remove)
+        stack.callback(site.layer.lora_B[site.adapter].register_forward_hook(_hook(site, gating)).remove)
 
 
 def channel(module: nn.Module) -> int:
