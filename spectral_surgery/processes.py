@@ -91,7 +91,7 @@ def check(asked: str | None, device_map: str | None) -> None:
     if asked and asked != device().partition(":")[0]:
         raise InputError(
             f"--device {asked} is one device for {count()} processes, and accelerate gives this one {device()}. Leave "
-            f"--device out; accelerate launch --cpu keeps to the CPU."
+            f"--device out; ACCELERATE_USE_CPU=true in the environment keeps to the CPU."
         )
 
 

@@ -61,11 +61,11 @@ def test_two_processes_agree_fail_together_and_do_not_wait_for_one_that_ended(tm
     done = launched.script(SCRIPT, tmp_path)
     assert sorted(done.stdout.splitlines()) == [
         "0 --device cuda:0 is one device for 2 processes, and accelerate gives this one cpu. Leave --device out; "
-        "accelerate launch --cpu keeps to the CPU.",
+        "ACCELERATE_USE_CPU=true in the environment keeps to the CPU.",
         "0 RunError: Process 1 of 2 failed: one row is bad",
         "0 ZeroDivisionError: division by zero",
         "1 --device cuda:0 is one device for 2 processes, and accelerate gives this one cpu. Leave --device out; "
-        "accelerate launch --cpu keeps to the CPU.",
+        "ACCELERATE_USE_CPU=true in the environment keeps to the CPU.",
         "1 RunError: The first process failed: ZeroDivisionError: division by zero.",
         "1 RunError: one row is bad",
     ], done.stderr[-3000:]
