@@ -30,7 +30,7 @@ OPERATIONS: Mapping[str, Callable[[str], str]] = {
 """The first operation of a program, and then letters are made large; all of them skills of the base model."""
 FORMS: Mapping[str, str] = {"brackets": "[{}]", "stars": "*{}*", "twice": "{0} {0}"}
 """Forms of an answer, by the word that asks for them."""
-FORMED = ("max", "min", "count")
+FORMED = ("max", "min")
 """Skills of the base model whose answers are asked for in a form."""
 
 
