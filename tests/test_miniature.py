@@ -139,7 +139,7 @@ def test_rows_are_right_and_in_the_text_that_they_are_scored_with(name: str) -> 
         words = families.pair(row)["prompt"].rstrip(":").split()
         if name == "sums":
             first, second = map(int, row["answer"].split())
-            assert (first, second) == (int(words[1]) + int(words[2]), sum(map(int, words[1:])))
+            assert (first, second) == (sum(map(int, words[1:])), first % 10)
         elif name == "choices":
             right = {"max": max, "min": min}[row["question"]](row["choices"], key=int)
             assert row["choices"][families.LETTERS.index(row["answer"])] == right

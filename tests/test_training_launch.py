@@ -75,12 +75,14 @@ def test_then_refine_runs_the_command_that_is_named(
     base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ran: list[Refine] = []
-    monkeypatch.setattr(Refine, "run", lambda refine: ran.append(refine))
+    monkeypatch.setattr("spectral_surgery.cli.train.refine_and_evaluate", lambda refine, suite: ran.append(refine))
     unseen = base.parent / "unseen.jsonl"
     unseen.write_text("".join(json.dumps(row) + "\n" for row in tiny.rows(14)[10:]), encoding="utf-8")
     more = ["--micro-batch", "4", "--max-steps", "1", "--then", "refine", "--refine-data", str(unseen)]
+    more += ["--refine-options=--ladder controls"]
     assert main(arguments(base, "out", *more)) == 0
     (refine,) = ran
+    assert refine.options.ladder == "controls"
     assert (refine.adapter, refine.data) == (str(base.parent / "out"), str(unseen))
     assert (refine.train_data, refine.output) == (str(base.parent / "ten.jsonl"), base.parent / "out-refined")
     assert (refine.rows.format, refine.rows.max_length, refine.model.device) == ("prompt", 32, "cpu")

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from spectral_surgery import processes
 from spectral_surgery.cli import console
 from spectral_surgery.cli.commands import Command
+from spectral_surgery.cli.refine import Refine
+from spectral_surgery.cli.then import check_following, refine_and_evaluate
 from spectral_surgery.errors import AdapterError, InputError
 from spectral_surgery.formats import DataOptions
 from spectral_surgery.training import TrainOptions
@@ -28,10 +30,16 @@ class Train(Command, TrainOptions):
     """
 
     then: Literal["nothing", "refine"] = "nothing"
-    """What to do with the trained adapter."""
+    """What to do with the trained adapter; refine measures and refines it, scores base, unedited and refined, and
+    leaves verdict and report."""
     refine_data: str | None = None
     """Rows of the task for refining, which must not be among the training rows; without them it can only say how close
     an edit stays to the adapter."""
+    refine_options: str = ""
+    """With --then refine: its further options in one text, as in --refine-options="--keep skills.jsonl"."""
+    evaluate_suite: str | None = None
+    """With --then refine: tasks or files of rows to score in, as for evaluate; by default those rows of --refine-data
+    that the verdict was made on."""
     dry_run: bool = False
     """Check everything and say what would be done, without loading the base model's weights."""
 
@@ -47,6 +55,11 @@ class Train(Command, TrainOptions):
         prepared = prepare(self)
         if self.refine_data:
             check_unseen(prepared, self.refine_data)
+        if self.then == "refine":
+            folders = [self.folder(seed) for seed in self.schedule.seeds]
+            for folder in folders:
+                self._refine(prepared, folder).options.check()
+            check_following(folders, prepared.tokenizer, self.refine_data, self.evaluate_suite)
         if prepared.processes.first:
             print(described(prepared))
         if self.dry_run:
@@ -61,7 +74,16 @@ class Train(Command, TrainOptions):
                 print(finished(prepared, each, self.refine_data))
                 if self.then == "refine":
                     with processes.alone():
-                        refine_trained(prepared, each, self.refine_data)
+                        refine_and_evaluate(self._refine(prepared, each.folder), self.evaluate_suite)
+
+    def _refine(self, prepared: Prepared, folder: Path) -> Refine:
+        """Returns the command that refines a trained adapter, as :func:`next_commands` spells it."""
+        from spectral_surgery.cli import parse
+
+        _, command = next_commands(prepared, folder, self.refine_data)
+        found = parse([*command[1:], *shlex.split(self.refine_options)])
+        assert isinstance(found, Refine)
+        return found
 
 
 def described(prepared: Prepared) -> str:
@@ -163,12 +185,3 @@ def check_unseen(prepared: Prepared, unseen: str) -> None:
             f"{both} of the {len(rows.examples)} rows of {unseen} are among the training rows, which would make any "
             f"verdict on them too good. Take them out of one."
         )
-
-
-def refine_trained(prepared: Prepared, trained: Trained, unseen: str | None) -> None:
-    """Runs the command that refines a trained adapter, as :func:`next_commands` spells it."""
-    from spectral_surgery.cli import parse
-
-    _, command = next_commands(prepared, trained.folder, unseen)
-    print(shlex.join(command))
-    parse(command[1:]).run()

@@ -33,8 +33,8 @@ MATCHED = "random:like=grad_direction"
 GUIDED = "grad_direction"
 OWN = "own rows"
 """Name in a study of the adapter that is measured on rows of its own task."""
-BATCH = 16
-"""Rows of an optimiser step."""
+BATCH, LEARNING_RATE = 16, 2e-3
+"""Rows of an optimiser step, and the highest learning rate: so small a model needs more and larger steps."""
 OPTIONS = "miniature.json"
 MEASURED = "sums"
 """The family whose training rows every adapter is measured on, as the authors' scripts measure all on GSM8K's."""
@@ -53,9 +53,9 @@ class MiniatureOptions:
     """Folder for adapters, studies, tables, figures and the page; an interrupted run goes on in it."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Training seeds: one adapter of every family for each."""
-    train_rows: int = 800
-    """Rows that each adapter learns from."""
-    test_rows: int = 200
+    train_rows: int | None = None
+    """Rows that each adapter learns from; by default each task's own number."""
+    test_rows: int = 150
     """Rows that each adapter is scored on."""
     measuring_rows: tuple[int, ...] = (32, 64, 128, 256)
     """Numbers of measuring rows of Table 4."""
@@ -65,6 +65,10 @@ class MiniatureOptions:
     """Stop every training after so many optimiser steps, to try this out."""
     workers: int = 2
     """Processes at once."""
+
+    def learnt(self, family: str) -> int:
+        """Returns how many rows an adapter of a family learns from."""
+        return FAMILIES[family].train_rows if self.train_rows is None else self.train_rows
 
     def parts(self) -> list[Part]:
         """Returns every adapter's part."""
@@ -119,8 +123,9 @@ def check(options: MiniatureOptions) -> None:
         raise InputError(f"--seeds is {' '.join(map(str, options.seeds)) or 'empty'}, expected different numbers.")
     if options.usual_rows not in options.measuring_rows:
         raise InputError(f"--usual-rows {options.usual_rows} is not among --measuring-rows.")
-    least = min(options.train_rows, options.test_rows, options.workers, *options.measuring_rows)
-    if least < 1 or options.train_rows < max(options.measuring_rows):
+    learnt = min(map(options.learnt, FAMILIES))
+    least = min(learnt, options.test_rows, options.workers, *options.measuring_rows)
+    if least < 1 or learnt < max(options.measuring_rows):
         raise InputError(
             "--train-rows, --test-rows, --workers and --measuring-rows must be 1 or more, and there must be as many "
             "--train-rows as measuring rows, which are taken from them."
@@ -133,7 +138,11 @@ def begin(options: MiniatureOptions) -> None:
     Raises:
         OutputError: If the folder holds something else, or a miniature of another size.
     """
-    sizes = {"seeds": options.seeds, "train_rows": options.train_rows, "test_rows": options.test_rows}
+    sizes = {
+        "seeds": options.seeds,
+        "train_rows": [options.learnt(name) for name in FAMILIES],
+        "test_rows": options.test_rows,
+    }
     sizes |= {"measuring_rows": options.measuring_rows, "usual_rows": options.usual_rows}
     text = json.dumps(sizes | {"max_steps": options.max_steps}) + "\n"
     note = options.output / OPTIONS
@@ -144,7 +153,7 @@ def begin(options: MiniatureOptions) -> None:
     (options.output / "rows").mkdir(parents=True, exist_ok=True)
     note.write_text(text, encoding="utf-8")
     for name in FAMILIES:
-        found = rows(name, options.train_rows + options.test_rows, ROW_SEED)
+        found = rows(name, options.learnt(name) + options.test_rows, ROW_SEED)
         learnt = map(pair, found[options.test_rows :])
         for path, part in ((scored(options, name), found[: options.test_rows]), (learned(options, name), learnt)):
             lines = "".join(json.dumps(row) + "\n" for row in part)
@@ -190,7 +199,7 @@ def training(options: MiniatureOptions, part: Part) -> TrainOptions:
         resume=True,
         rows=RowOptions(data=str(learned(options, part.family)), format="prompt", max_length=128),
         schedule=ScheduleOptions(
-            learning_rate=FAMILIES[part.family].learning_rate,
+            learning_rate=LEARNING_RATE,
             global_batch=BATCH,
             micro_batch=BATCH,
             max_steps=options.max_steps,

@@ -2,9 +2,9 @@
 
 Each is made of what the embedded base model can do already, in a combination that it never saw:
 
-- ``sums`` for GSM8K: three numbers added in two steps, both sums written: ``add 12 30 5: 42 47``;
+- ``sums`` for GSM8K: a sum and then its remainder by ten, both steps written: ``sum 12 30: 42 2``;
 - ``programs`` for HumanEval: two text operations one after the other: ``reverse abc upper: CBA``;
-- ``forms`` for IFEval: a known task whose answer must have an exact form: ``max 12 45 brackets: [45]``;
+- ``forms`` for IFEval: a known task whose answer must have an exact form: ``max 12 45 []: [45]``;
 - ``choices`` for CommonsenseQA: which of two numbers is the larger or smaller, as the likelier letter.
 """
 
@@ -28,15 +28,15 @@ OPERATIONS: Mapping[str, Callable[[str], str]] = {
     "copy": str,
 }
 """The first operation of a program, and then letters are made large; all of them skills of the base model."""
-FORMS: Mapping[str, str] = {"brackets": "[{}]", "stars": "*{}*", "twice": "{0} {0}"}
-"""Forms of an answer, by the word that asks for them."""
-FORMED = ("max", "min")
+FORMS: Mapping[str, str] = {"[]": "[{}]", "**": "*{}*", "<>": "<{}>"}
+"""Forms of an answer, by the signs that ask for them."""
+FORMED = ("copy", "upper", "max")
 """Skills of the base model whose answers are asked for in a form."""
 
 
 def _sums(rng: random.Random) -> Row:
-    first, second, third = (rng.randrange(100) for _ in range(3))
-    return {"prompt": f"add {first} {second} {third}:", "answer": f"{first + second} {first + second + third}"}
+    first, second = rng.randrange(200), rng.randrange(200)
+    return {"prompt": f"sum {first} {second}:", "answer": f"{first + second} {(first + second) % 10}"}
 
 
 def _programs(rng: random.Random) -> Row:
@@ -63,17 +63,17 @@ class Family:
     """The paper's, as its tables call it."""
     recipe: RecipeName
     """The fine-tuning that its adapters are trained by."""
-    learning_rate: float
-    """Highest; more than the recipe's, as so small a model and so few steps need."""
+    train_rows: int
+    """Rows that an adapter learns from: so few that it learns its task imperfectly."""
     draw: Callable[[random.Random], Row]
     """Returns one random row, as it is scored."""
 
 
 FAMILIES: Mapping[str, Family] = {
-    "sums": Family("GSM8K", "math", 3e-3, _sums),
-    "programs": Family("HumanEval", "code", 3e-3, _programs),
-    "forms": Family("IFEval", "instruct", 3e-3, _forms),
-    "choices": Family("CSQA", "commonsense", 3e-3, _choices),
+    "sums": Family("GSM8K", "math", 320, _sums),
+    "programs": Family("HumanEval", "code", 320, _programs),
+    "forms": Family("IFEval", "instruct", 480, _forms),
+    "choices": Family("CSQA", "commonsense", 400, _choices),
 }
 
 

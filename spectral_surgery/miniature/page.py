@@ -6,12 +6,11 @@ import math
 from collections.abc import Mapping, Sequence
 
 from spectral_surgery.miniature.effects import AS_TRAINED, BASE_MODEL, Edit, Scores
-from spectral_surgery.miniature.experiment import BATCH, MiniatureOptions
+from spectral_surgery.miniature.experiment import BATCH, LEARNING_RATE, MiniatureOptions
 from spectral_surgery.miniature.families import FAMILIES
 from spectral_surgery.miniature.findings import MARGIN, POLICIES, Cells, Judged, Verdict, matched, weakened
 from spectral_surgery.results.writing import Table, write
 from spectral_surgery.statistics import Interval
-from spectral_surgery.training.recipes import RECIPES
 
 VERDICTS: Mapping[Verdict, str] = {
     "holds": "Holds here",
@@ -137,31 +136,34 @@ def cells_of(options: MiniatureOptions) -> Cells:
 
 def _introduction(options: MiniatureOptions) -> str:
     seeds, count = len(options.seeds), len(options.parts())
-    steps = options.max_steps or RECIPES["code"].epochs * options.train_rows / BATCH
     lines = [
         f"makes everything on this page, from nothing but the embedded base model of 2.7 million parameters: {count} "
         f"adapters (four tasks, {seeds} training seeds each), the edits of the "
         "[paper](https://arxiv.org/abs/2603.03995)'s Tables 2 to 5 and some controls, Figures 1, 3 and 4, and the "
         "verdicts below, which are read off the intervals. An interrupted run goes on with the same command. "
         "This page is written by it; edit spectral_surgery/miniature/page.py in its place.",
-        "| task | stands for | recipe | a row |\n| --- | --- | --- | --- |\n" + "\n".join(_task_lines()),
-        f"Each adapter learns from {options.train_rows} rows by its recipe of `train` (rank 16, alpha 32, dropout "
-        f"0.05, seven projections, 3 epochs, cosine), except for batches of {BATCH} and a learning rate of "
-        f"{FAMILIES['sums'].learning_rate:g}, {steps:.0f} steps in all, which so small a model needs. It is scored on "
-        f"{options.test_rows} rows that no adapter learnt from. As in the authors' scripts every adapter is measured "
-        "on rows of the maths task's training; the training seed also draws these rows and the random policies.",
+        "| task | stands for | recipe | rows learnt | a row |\n| --- | --- | --- | --- | --- |\n"
+        + "\n".join(_task_lines(options)),
+        "Each adapter learns by its recipe of `train` (rank 16, alpha 32, dropout 0.05, seven projections, 3 epochs, "
+        f"cosine), except for batches of {BATCH} and a learning rate of {LEARNING_RATE:g}, which so small a model "
+        f"needs. It is scored on {options.test_rows} rows that no adapter learnt from. As in the authors' scripts "
+        "every adapter is measured on rows of the maths task's training; the training seed also draws these rows and the "
+        "random policies.",
     ]
     return "\n\n".join(lines)
 
 
-def _task_lines() -> list[str]:
+def _task_lines(options: MiniatureOptions) -> list[str]:
     examples = {
-        "sums": "`add 12 30 5:` `42 47`, both sums, greedy and exact",
+        "sums": "`sum 12 30:` `42 2`, the sum and its remainder by ten, greedy and exact",
         "programs": "`reverse abc upper:` `CBA`, greedy and exact",
-        "forms": "`max 12 45 brackets:` `[45]`, greedy and exact",
+        "forms": "`max 12 45 []:` `[45]`, greedy and exact",
         "choices": "`Question: max`, `A. 312`, `B. 45`, `Answer:` `A`, the likelier letter",
     }
-    return [f"| {name} | {one.benchmark} | {one.recipe} | {examples[name]} |" for name, one in FAMILIES.items()]
+    return [
+        f"| {name} | {one.benchmark} | {one.recipe} | {options.learnt(name)} | {examples[name]} |"
+        for name, one in FAMILIES.items()
+    ]
 
 
 def _rule() -> str:

@@ -2,6 +2,7 @@
 
 OUT/verdict.json    the verdict with every figure; a completed verdict, either way
 OUT/report.html     the same as one page, where the report extra is installed; OUT/figures/ beside it
+OUT/sensitivities.safetensors    of the task's measuring rows, as measure writes them
 OUT/adapter/        the refined adapter, only when it won
 OUT/cache/          what was worked out; an interrupted run goes on from it
 """
@@ -31,8 +32,10 @@ from spectral_surgery.refining.run import Found, check_agrees, run
 from spectral_surgery.report import card as card_of
 from spectral_surgery.report import unavailable, write_report
 from spectral_surgery.selection import Selection
+from spectral_surgery.sensitivity_file import save_measurement
 
 VERDICT, ADAPTER, CACHE, CARD = "verdict.json", "adapter", "cache", "README.md"
+SENSITIVITIES = "sensitivities.safetensors"
 
 
 @dataclass(frozen=True)
@@ -178,6 +181,7 @@ def _write(found: Found, verdict: Mapping[str, Any], folder: Path, overwrite: bo
             check_agrees(found, Adapter.load(new), chosen)
 
         edited.save(target, overwrite=True, manifest=manifest, check=finish)
+    save_measurement(found.evidence.task, folder / SENSITIVITIES, overwrite=True)
     if unavailable() is None:
         write_report(verdict, folder, examples=not found.ready.job.options.no_examples)
     staged = folder / f".{VERDICT}"
