@@ -130,6 +130,16 @@ def test_the_page_says_what_the_verdicts_say_and_the_figures_are_drawn(tmp_path:
         made(scores, CELLS).savefig(tmp_path / "figure.svg")
 
 
+def test_the_page_in_the_documentation_is_of_these_findings_and_sizes() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "miniature.md").read_text(encoding="utf-8")
+    assert [one.claim for one in FINDINGS if one.claim not in text] == []
+    for name in families.FAMILIES:
+        assert f"| {MiniatureOptions().learnt(name)} |" in next(
+            line for line in text.splitlines() if f"| {name} |" in line
+        )
+    assert f"on {MiniatureOptions().test_rows} rows" in " ".join(text.split())
+
+
 @pytest.mark.parametrize("name", families.FAMILIES)
 def test_rows_are_right_and_in_the_text_that_they_are_scored_with(name: str) -> None:
     found = families.rows(name, 60, 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 
 from spectral_surgery.miniature.effects import AS_TRAINED, BASE_MODEL, Edit, Scores
@@ -12,6 +13,8 @@ from spectral_surgery.miniature.findings import MARGIN, POLICIES, Cells, Judged,
 from spectral_surgery.results.writing import Table, write
 from spectral_surgery.statistics import Interval
 
+WIDTH = 130
+"""Of a line of running text."""
 VERDICTS: Mapping[Verdict, str] = {
     "holds": "Holds here",
     "does not hold": "Does not hold here",
@@ -117,15 +120,15 @@ def page(scores: Scores, judged: Sequence[Judged], options: MiniatureOptions) ->
         "# The paper in miniature",
         "```\nspectral-surgery miniature --output miniature\n```",
         _introduction(options),
-        f"## What holds\n\n{counted(judged)} {_rule()}",
+        f"## What holds\n\n{_filled(f'{counted(judged)} {_rule()}')}",
     ]
     for verdict, title in VERDICTS.items():
         if own := [one for one in judged if one.verdict == verdict]:
             parts.append(write([findings_table(own, title)], "markdown").rstrip())
-    parts.append(f"## Tables\n\n{_intervals(options)}")
+    parts.append(f"## Tables\n\n{_filled(_intervals(options))}")
     parts.append(write(tables(scores, cells, options), "markdown").rstrip())
     parts.append(f"## Figures\n\n{_figures()}")
-    parts.append(_limits(options))
+    parts.append(f"## What this does not show\n\n{_filled(_limits(options))}")
     return "\n\n".join(parts) + "\n"
 
 
@@ -147,10 +150,14 @@ def _introduction(options: MiniatureOptions) -> str:
         "Each adapter learns by its recipe of `train` (rank 16, alpha 32, dropout 0.05, seven projections, 3 epochs, "
         f"cosine), except for batches of {BATCH} and a learning rate of {LEARNING_RATE:g}, which so small a model "
         f"needs. It is scored on {options.test_rows} rows that no adapter learnt from. As in the authors' scripts "
-        "every adapter is measured on rows of the maths task's training; the training seed also draws these rows and the "
-        "random policies.",
+        "every adapter is measured on rows of the maths task's training; the training seed also draws these rows and "
+        "the random policies.",
     ]
-    return "\n\n".join(lines)
+    return "\n\n".join(line if line.startswith("|") else _filled(line) for line in lines)
+
+
+def _filled(text: str) -> str:
+    return textwrap.fill(text, WIDTH, break_long_words=False, break_on_hyphens=False)
 
 
 def _task_lines(options: MiniatureOptions) -> list[str]:
@@ -199,7 +206,6 @@ def _figures() -> str:
 
 def _limits(options: MiniatureOptions) -> str:
     return (
-        "## What this does not show\n\n"
         "A model of six layers with tasks that a program writes says nothing of an 8B model's benchmarks: a finding "
         "that does not hold here may hold there, and the other way round. What it shows is what the paper's own "
         f"comparisons look like with {len(options.seeds)} training seeds, intervals and the missing controls. The "
