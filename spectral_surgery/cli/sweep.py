@@ -15,6 +15,7 @@ from spectral_surgery.errors import InputError
 from spectral_surgery.evaluating.suite import SuiteOptions
 from spectral_surgery.options import BatchOptions, ModelOptions
 from spectral_surgery.sweeping.presets import MISSING, PresetOptions, preset_study
+from spectral_surgery.sweeping.workers import WorkerOptions, check_workers
 
 if TYPE_CHECKING:
     from spectral_surgery.sweeping.grid import Item
@@ -34,6 +35,7 @@ class Sweep(Command):
     preset: PresetOptions = field(default_factory=PresetOptions)
     suite: SuiteOptions = field(default_factory=SuiteOptions)
     model: ModelOptions = field(default_factory=ModelOptions)
+    workers: WorkerOptions = field(default_factory=WorkerOptions)
     output: Path | None = None
     """Folder of the runs; by default the study's or the preset's name, in this folder."""
     dry_run: bool = False
@@ -41,11 +43,13 @@ class Sweep(Command):
 
     def run(self) -> None:
         """Runs what is left, and prints the tables."""
+        from spectral_surgery.sweeping.folder import left
         from spectral_surgery.sweeping.grid import counted, spell_out
         from spectral_surgery.sweeping.preparing import prepare_study
-        from spectral_surgery.sweeping.running import left, run_study
+        from spectral_surgery.sweeping.running import run_study
 
         study = self._study()
+        check_workers(self.workers, study.model)
         output = self.output or Path(self.study.stem if self.study else str(self.preset.preset))
         if output.is_file():
             raise InputError(f"{output} is a file. Choose a folder with --output.")
@@ -69,7 +73,7 @@ class Sweep(Command):
                 print(grid_text(remaining))
             return
         with console.progress("running", "runs") as progress:
-            runs = run_study(ready, output, progress=progress)
+            runs = run_study(ready, output, self.workers, progress=progress)
         self._show(runs, output)
 
     def _study(self) -> Study:

