@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from spectral_surgery.results.runs import BASE, UNEDITED
 from spectral_surgery.sweeping.grid import spell_out
 from spectral_surgery.sweeping.presets import PresetOptions, preset_study
 from spectral_surgery.sweeping.study import Study, read_study, study_from
+from spectral_surgery.sweeping.workers import share
 
 STUDY = """
 measuring_rows = "rows.jsonl"
@@ -151,3 +153,40 @@ def test_presets_and_files_do_not_mix(tmp_path: Path, capsys: pytest.CaptureFixt
     wrong = ["sweep", "--preset", "table3", "--adapters", "gsm8k=x", "--dry-run"]
     assert main(wrong) == 2
     assert "commonsense_qa, ifeval" in capsys.readouterr().err
+
+
+def test_workers_that_cannot_be_are_refused_before_anything_is_checked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = str(written(tmp_path, STUDY.replace('dtype = "float32"', 'device = "cuda:1"\ndevice_map = "auto"')))
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "ray" else real(name))
+    assert main(["sweep", path, "--workers", "2", "--ray-address", "127.0.0.1:1"]) == 2
+    said = capsys.readouterr().err
+    for fault in (
+        "4 things",
+        "spectral-surgery[ray]",
+        "--device cuda:1",
+        "--device-map auto",
+        "Nothing answers at 127",
+    ):
+        assert fault in said, fault
+    assert main(["sweep", path, "--workers", "0"]) == 2
+    assert "--workers is 0" in capsys.readouterr().err
+
+
+def machines(*held: tuple[int, int]) -> list[dict]:
+    return [{"Alive": True, "Resources": {"CPU": float(cores), "GPU": float(gpus)}} for cores, gpus in held]
+
+
+def test_a_worker_has_a_gpu_where_there_are_any_and_else_its_share_of_the_cores() -> None:
+    anywhere, cpu = ModelOptions(), ModelOptions(device="cpu")
+    assert share(machines((16, 2), (16, 2)), 4, anywhere) == {"num_gpus": 1, "num_cpus": 0}
+    assert share(machines((16, 2)), 4, cpu) == {"num_cpus": 4}
+    assert share(machines((8, 0), (8, 0)), 3, anywhere) == {"num_cpus": 4}, "no worker spans two machines"
+    dead = {"Alive": False, "Resources": {"CPU": 64.0}}
+    assert share([*machines((2, 0)), dead], 2, anywhere) == {"num_cpus": 1}
+    with pytest.raises(InputError, match="--workers is 3, and Ray has 2 CPU cores"):
+        share(machines((2, 0)), 3, anywhere)
+    with pytest.raises(InputError, match="--workers is 3, and Ray has 2 GPUs"):
+        share(machines((64, 2)), 3, anywhere)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -65,7 +66,25 @@ def check_workers(options: WorkerOptions, model: ModelOptions) -> None:
             f"--device-map {model.device_map} spreads one model over several devices, and every worker has one. Use "
             f"one process (--workers 1), or leave it out."
         )
+    if options.by_ray and not _answers(_address(options)):
+        faults.append(f"Nothing answers at {_address(options)}. Correct --ray-address, or start Ray there.")
     combine(faults)
+
+
+def _address(options: WorkerOptions) -> str:
+    return options.ray_address or os.environ.get("RAY_ADDRESS") or "local"
+
+
+def _answers(address: str) -> bool:
+    """Returns whether something listens at HOST:PORT; Ray itself would try for many minutes. Names count as true."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not (colon and port.isdigit()):
+        return True
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except OSError:
+        return False
+    return True
 
 
 class Worker:
@@ -113,7 +132,7 @@ def hired(ready: Ready, options: WorkerOptions) -> Iterator[Callable[..., Iterat
     import ray
     from ray.util import ActorPool
 
-    with connected(options.ray_address), _failures():
+    with connected(_address(options)), _failures():
         resources = share(ray.nodes(), options.workers, ready.study.model)
         workers = [ray.remote(**resources)(Worker).remote() for _ in range(options.workers)]
         seen = ray.get([worker.prepare.remote(ready.study, os.getcwd(), sys.argv) for worker in workers])
@@ -140,7 +159,7 @@ def hired(ready: Ready, options: WorkerOptions) -> Iterator[Callable[..., Iterat
 
 
 @contextmanager
-def connected(address: str | None) -> Iterator[None]:
+def connected(address: str) -> Iterator[None]:
     """Connects to a Ray cluster or starts Ray on this machine, without telemetry and dashboard; ends it afterwards.
 
     Where this process has called ``ray.init`` already, that is used, and left as it is.
@@ -154,7 +173,6 @@ def connected(address: str | None) -> Iterator[None]:
         yield
         return
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    address = address or os.environ.get("RAY_ADDRESS") or "local"
     try:
         ray.init(
             address=address,
