@@ -193,12 +193,12 @@ def test_killed_half_way_and_resumed_the_miniature_is_whole(tmp_path: Path, monk
     pytest.importorskip("lm_eval", reason="the extra evaluate is not installed")
     from spectral_surgery.miniature import entry
     from spectral_surgery.results.runs import read_runs
-    from spectral_surgery.sweeping import running
+    from spectral_surgery.sweeping import bench
 
     options = tiny(tmp_path / "miniature")
     experiment.begin(options)
     first = options.parts()[0]
-    original, scored = running.score, []
+    original, scored = bench.score, []
 
     def stopping(*arguments: object, **named: object) -> object:
         scored.append(arguments)
@@ -207,7 +207,7 @@ def test_killed_half_way_and_resumed_the_miniature_is_whole(tmp_path: Path, monk
         return original(*arguments, **named)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch:
-        patch.setattr(running, "score", stopping)
+        patch.setattr(bench, "score", stopping)
         with pytest.raises(KeyboardInterrupt):
             experiment.run_part(options, first)
     done = read_runs(first.folder(options) / "study")

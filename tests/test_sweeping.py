@@ -133,7 +133,7 @@ def test_two_workers_find_what_one_process_finds_and_one_that_dies_loses_nothing
     hashes, measured = sorted(ready.scores.values()), there.measurement(ready.items[-1])
 
     class Dying:
-        def prepare(self, study: object, place: str, command: list[str]) -> object:
+        def prepare(self, *told: object) -> object:
             return hashes
 
         def load(self) -> None:

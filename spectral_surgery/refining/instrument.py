@@ -106,7 +106,7 @@ def checked(
 
 def _scored(suite: Suite, bench: Bench, candidate: Candidate, done: Any) -> list[dict[str, Any]]:
     """Returns the records of one candidate, worked out once for the same prompts."""
-    from spectral_surgery.evaluating.evaluation import score
+    from spectral_surgery.evaluating.scoring import score
 
     def work() -> list[dict[str, Any]]:
         found: Sequence[Record] = score(

@@ -90,11 +90,12 @@ def _answers(address: str) -> bool:
 class Worker:
     """What each of Ray's processes holds."""
 
-    def prepare(self, study: Study, folder: str, command: list[str]) -> list[str]:
+    def prepare(self, study: Study, items: Sequence[Item], folder: str, command: list[str]) -> list[str]:
         """Returns the hashes of all scores of a study, checked as in the process that was given the command.
 
         Args:
             study: What is run.
+            items: Which of its runs.
             folder: What relative paths are from.
             command: What sensitivities are recorded to come from.
 
@@ -107,7 +108,7 @@ class Worker:
             raise InputError(f"A worker does not see the folder {folder}. Every machine must see the same files.")
         os.chdir(folder)
         sys.argv[:] = command
-        self.ready = prepare_study(study)
+        self.ready = prepare_study(study, items)
         return sorted(self.ready.scores.values())
 
     def load(self) -> None:
@@ -135,7 +136,8 @@ def hired(ready: Ready, options: WorkerOptions) -> Iterator[Callable[..., Iterat
     with connected(_address(options)), _failures():
         resources = share(ray.nodes(), options.workers, ready.study.model)
         workers = [ray.remote(**resources)(Worker).remote() for _ in range(options.workers)]
-        seen = ray.get([worker.prepare.remote(ready.study, os.getcwd(), sys.argv) for worker in workers])
+        told = (ready.study, list(ready.items), os.getcwd(), sys.argv)
+        seen = ray.get([worker.prepare.remote(*told) for worker in workers])
         if any(found != sorted(ready.scores.values()) for found in seen):
             raise InputError(
                 "A worker finds other adapters, rows, base model or package versions than this process. Every machine "
