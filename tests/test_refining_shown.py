@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +14,15 @@ import pytest
 import tiny
 
 from spectral_surgery import report
+from spectral_surgery.adapter import Adapter
 from spectral_surgery.errors import DataError, InputError
 from spectral_surgery.formats import DataOptions
 from spectral_surgery.options import ModelOptions
 from spectral_surgery.refining import Refinement, refine
+from spectral_surgery.refining.foreseen import foreseen
 from spectral_surgery.refining.guessing import BY_HEART, guess
 from spectral_surgery.refining.instrument import warnings
+from spectral_surgery.refining.job import Job, prepare, serving_note
 from spectral_surgery.refining.options import RefineOptions
 from spectral_surgery.refining.repeating import options_of
 from spectral_surgery.report.facts import checks, few_rows
@@ -128,6 +133,52 @@ def test_a_wrong_instrument_is_refused_before_a_model_loads(
 def test_rows_cannot_be_said_and_unsaid(place: tiny.World) -> None:
     with pytest.raises(DataError, match="without a word"):
         refine(place.adapter, place.data, task_data=place.data)
+
+
+# -- what is known without weights ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def job(place: tiny.World) -> Job:
+    folder = place.base.parent
+    return prepare(
+        Adapter.load(place.adapter),
+        str(written(folder / "task.jsonl", "double {}:", 60)),
+        options=RefineOptions(keep=str(written(folder / "keep.jsonl", "tell {} of it!", 60))),
+        rows=DataOptions(max_length=64),
+        model=ModelOptions(dtype="float32", device="cpu"),
+    )
+
+
+def test_what_is_only_shown_makes_no_other_verdict_and_what_decides_does(job: Job) -> None:
+    def key(**changes: Any) -> str:
+        return replace(job, options=replace(job.options, **changes)).run_key
+
+    same = [key(exact_rows=3), key(few_rows=True), key(check_suite="gsm8k", check_limit=7), key(no_examples=True)]
+    assert set(same) == {job.run_key}
+    others = [key(may_lose="3%"), key(steps=7), replace(job, task=replace(job.task, seen_only=True)).run_key]
+    assert len({job.run_key, *others}) == 4
+
+
+def test_both_bases_are_named_where_they_differ(job: Job) -> None:
+    def note(base: str, **model: Any) -> str | None:
+        return serving_note(replace(job, base_model=base, model=replace(job.model, **model)))
+
+    recorded = job.base_model
+    assert note(recorded) is None
+    assert note(recorded, load_in_4bit=True) == (
+        f"Judged on {recorded} in 4 bits. On a base that is stored otherwise, such as 16 bits, figures may differ."
+    )
+    elsewhere = note("unsloth/llama-3-8b-bnb-4bit")
+    assert elsewhere is not None
+    assert "Judged on unsloth/llama-3-8b-bnb-4bit in 4 bits." in elsewhere
+    assert f"names {recorded} as its base" in elsewhere
+
+
+def test_memory_and_time_are_told_before_anything_loads(job: Job) -> None:
+    assert re.fullmatch(r"Memory: about [\d.]+ [GM]iB on cpu; time: \d+ (s|min) or more", foreseen(job))
+    longer = replace(job, options=replace(job.options, steps=10**6))
+    assert re.search(r"time: \d{2,} min or more", foreseen(longer))
 
 
 # -- the guess, on made-up losses -------------------------------------------------------------------------------------

@@ -34,6 +34,10 @@ if TYPE_CHECKING:
     from spectral_surgery.evaluating.suite import Suite
 
 
+SHOWN_ONLY = ("exact_rows", "check_suite", "check_limit", "confirm_run_unsafe_code", "few_rows", "no_examples")
+"""Options that change what is shown beside a verdict, never the verdict."""
+
+
 @dataclass(frozen=True)
 class Job:
     """Everything that a run needs except the base model's weights."""
@@ -86,7 +90,8 @@ class Job:
     @property
     def run_key(self) -> str:
         """Hash of everything that the verdict depends on: a run that is repeated or resumed is the same run."""
-        return ledger.digest_of([json.dumps([self.context, asdict(self.options), asdict(self.rows)])])
+        decide = {name: value for name, value in asdict(self.options).items() if name not in SHOWN_ONLY}
+        return ledger.digest_of([json.dumps([self.context, decide, asdict(self.rows), self.task.seen_only])])
 
     @property
     def test_digest(self) -> str:

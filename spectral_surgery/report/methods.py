@@ -67,6 +67,8 @@ def _design(verdict: Verdict) -> list[str]:
         sentences.append("Rows being few, the two halves changed places: each chose for the other.")
     if rule["seen_rows_only"]:
         sentences.append("All task rows had been seen in training, so the task's accuracy was not tested.")
+    if rows["guess"]:
+        sentences.append("Whether the task rows had been seen in training was guessed from the losses on them.")
     if rule["earlier_verdicts"]:
         sentences.append(
             f"The error rate {rule['error_rate']:.3g} was divided for {rule['earlier_verdicts']} earlier verdicts on "
@@ -151,10 +153,18 @@ def measuring(verdict: Verdict) -> list[tuple[str, str]]:
         found.append(
             ("Random control", f"{chance['permutations']} permutations, p = {chance['p']:.3g}: {chance['statistic']}.")
         )
-    if made := verdict["generations"]:
-        told = [f"{what} {_counts(made[key])}" for key, what in (("empty", "empty"), ("loops", "looping"))]
-        found.append((f"{made['n']} free answers", "; ".join(told) + "."))
+    if told := free_answers(verdict):
+        found.append(told)
     return found
+
+
+def free_answers(verdict: Verdict) -> tuple[str, str] | None:
+    """Returns (what, how many of them broke down) of the free answers to prompts of other skills, if there are any."""
+    made = verdict["generations"]
+    if not made:
+        return None
+    told = [f"{what} {_counts(made[key])}" for key, what in (("empty", "empty"), ("loops", "looping"))]
+    return f"{made['n']} free answers", "; ".join(told) + "."
 
 
 def _measure(verdict: Verdict, key: str) -> str:

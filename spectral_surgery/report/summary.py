@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from spectral_surgery.report import facts
+from spectral_surgery.report import facts, methods
 from spectral_surgery.report.facts import Verdict, shortened, visible
 from spectral_surgery.tables import table
 
@@ -95,16 +95,18 @@ def _notes(verdict: Verdict) -> str:
 
 
 def _checks(verdict: Verdict) -> str:
-    """Scores by another instrument, one line a variant."""
-    found = facts.checks(verdict)
-    if not found:
-        return ""
+    """Looks with other eyes: free answers that broke down, and the scores by another instrument."""
+    lines = []
+    if found := methods.free_answers(verdict):
+        lines.append(_wrapped(f"{found[0]} to prompts of other skills: {found[1]}"))
     rows = []
-    for check in found:
+    for check in facts.checks(verdict):
         rows.append([_line(f"{check.name}, {check.rows} rows", 44), "", ""])
         rows += [[f"  {who}", score, check.gains.get(who, "")] for who, score in check.scores.items()]
-    shown = table(["by another instrument", "mean [95 %]", "gain over yours [95 %]"], rows)
-    return f"{shown}\n{_wrapped('Scored after the answer was confirmed; the rule did not look at it.')}"
+    if rows:
+        lines.append(table(["by another instrument", "mean [95 %]", "gain over yours [95 %]"], rows))
+        lines.append("Scored after the answer was confirmed; the rule did not look at it.")
+    return "\n".join(lines)
 
 
 def _few_rows(verdict: Verdict) -> str:
