@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from spectral_surgery.calibration import TokenizedExample
+from spectral_surgery.calibration import TokenizedExample, prompt_ids, tokenize
 from spectral_surgery.estimating import GIB, estimate
 from spectral_surgery.keeping import Keep
 from spectral_surgery.refining.bench import RUNGS
@@ -27,7 +27,7 @@ def foreseen(job: Job) -> str:
         BaseModelError: If the base model's configuration cannot be had.
     """
     task, options = job.task, job.options
-    keep = [_like(part, task.measuring.tokenized.examples) for part in job.keep]
+    keep = [_rows(job, part) for part in job.keep]
     found = estimate(
         job.adapter, [*task.measuring.tokenized.examples, *keep[0]], job.selection, job.rows, job.model, job.batching
     )
@@ -51,9 +51,13 @@ def foreseen(job: Job) -> str:
     return f"Memory: about {memory}{room} on {found.device}; time: {_time(seconds)} or more"
 
 
-def _like(keep: Keep, rows: Sequence[TokenizedExample]) -> list[TokenizedExample]:
-    """Returns stand-ins for keep rows, which may have no answers yet: as long as the task's rows are."""
-    return [rows[i % len(rows)] for i in range(len(keep.rows))]
+def _rows(job: Job, keep: Keep) -> list[TokenizedExample]:
+    """Returns keep rows as tokens; prompts, which have no answers yet, as long as they can become."""
+    if keep.kind == "labelled":
+        return tokenize(keep.examples, job.tokenizer, job.rows.max_length).examples
+    new = job.options.keep_tokens
+    lengths = [len(prompt_ids(row, job.tokenizer)) for row in keep.examples]
+    return [TokenizedExample((0,) * min(length + new, job.rows.max_length), length, "") for length in lengths]
 
 
 def _tokens(rows: Sequence[TokenizedExample]) -> int:

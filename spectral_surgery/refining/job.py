@@ -28,6 +28,7 @@ from spectral_surgery.refining.scoring import (
     custom_objective,
     exact_objective,
 )
+from spectral_surgery.refining.searching import others
 from spectral_surgery.selection import Selection, select
 
 if TYPE_CHECKING:
@@ -130,6 +131,7 @@ def prepare(
     keep = keep_rows(options, rows, task, tokenizer, adapter)
     chat = any(row.templated for row in task.measuring.examples)
     check = prepare_check(options, tokenizer, config, adapter, chat=chat)
+    others(adapter, options.also)
     check_fits(adapter, config, trust_remote_code=model.trust_remote_code)
     name = base_name(adapter, model)
     return Job(

@@ -129,7 +129,7 @@ def ladder(
     found = controls(live.adapter, evidence.task, stronger=options.share == 0)
     if not size.reshaped:
         found = [candidate for candidate in found if candidate.family == "strength"]
-    found += _others(live, options.also)
+    found += others(live.adapter, options.also)
     if options.ladder == "controls":
         return found
     if options.ladder == "paper":
@@ -200,7 +200,7 @@ def _continued(
     )
 
 
-def _others(live: Live, names: Sequence[str]) -> list[Candidate]:
+def others(adapter: Adapter, names: Sequence[str]) -> list[Candidate]:
     """Returns further adapters of the same layout, such as earlier checkpoints.
 
     Raises:
@@ -211,11 +211,11 @@ def _others(live: Live, names: Sequence[str]) -> list[Candidate]:
         other = Adapter.load(name)
         layouts = [
             {path: (update.A.shape, update.B.shape, update.scale) for path, update in one.updates.items()}
-            for one in (other, live.adapter)
+            for one in (other, adapter)
         ]
-        if layouts[0] != layouts[1] or other.tensors.keys() != live.adapter.tensors.keys():
+        if layouts[0] != layouts[1] or other.tensors.keys() != adapter.tensors.keys():
             raise AdapterError(
-                f"{name} has other modules, ranks or scales than {live.adapter.name}, so it cannot be tried in its "
+                f"{name} has other modules, ranks or scales than {adapter.name}, so it cannot be tried in its "
                 f"place. Leave it out of --also."
             )
         found.append(Candidate(f"adapter {name}", "checkpoint", f"the adapter {name}", adapter=other))
