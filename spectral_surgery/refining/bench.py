@@ -18,7 +18,10 @@ from spectral_surgery.refining.cache import Cache
 from spectral_surgery.refining.candidates import Candidate
 from spectral_surgery.refining.rows import row_set
 from spectral_surgery.refining.scoring import Objective, Rows, Vector
+from spectral_surgery.statistics import clopper_pearson
 
+CONFIDENCE = 0.95
+"""Of intervals that are shown and are no test."""
 Progress = Callable[[str, int, int], None]
 """(what, done, in all)."""
 
@@ -203,3 +206,13 @@ def _best_half(split: Split, always: Container[str]) -> list[str]:
     others = [count for name, count in zip(names, beaten, strict=True) if name not in always]
     limit = max(1.0, float(np.median(others))) if others else 0.0
     return [name for name, count in zip(names, beaten, strict=True) if count <= limit]
+
+
+def mean_of(values: np.ndarray) -> dict[str, float]:
+    """Returns mean and standard error, and for 0/1 scores the exact 95 % limits: at 0 and 1 the error says nothing."""
+    n = len(values)
+    found = {"mean": float(values.mean()), "se": float(values.std(ddof=1) / np.sqrt(n)) if n > 1 else 0.0}
+    if not np.isin(values, (0, 1)).all():
+        return found
+    limits = clopper_pearson(int(values.sum()), n, confidence=CONFIDENCE)
+    return {**found, "low": limits.low, "high": limits.high}

@@ -11,13 +11,12 @@ from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
 from spectral_surgery.calibration import Tokenized
 from spectral_surgery.judging.rule import gain_interval, pair
 from spectral_surgery.judging.trials import BASE, UNEDITED, Split
-from spectral_surgery.refining.bench import Part, Progress
+from spectral_surgery.refining.bench import CONFIDENCE, Part, Progress, mean_of
 from spectral_surgery.refining.candidates import Candidate, few_steps
 from spectral_surgery.refining.descent import Steps, Term, carry_on, descend
 from spectral_surgery.refining.ready import Ready
@@ -25,7 +24,6 @@ from spectral_surgery.refining.searching import LEAST_MARGIN, RATES, WEIGHTS, Ev
 
 SIZES = (16, 32)
 """Rows of the task, and as many of other skills; all measuring rows come after them."""
-CONFIDENCE = 0.95
 
 
 def few_rows(ready: Ready, evidence: Evidence, part: Part, progress: Progress | None = None) -> list[dict[str, Any]]:
@@ -86,14 +84,9 @@ def _told(size: int, split: Split, names: list[str]) -> list[dict[str, Any]]:
     for name in names:
         scores = split.scores[name]
         one: dict[str, Any] = {"rows": size, "name": name, "ahead": None}
-        one |= {side: _mean(getattr(scores, side)) for side in ("task", "skills")}
+        one |= {side: mean_of(getattr(scores, side)) for side in ("task", "skills")}
         if name != tuning:
             pairs = {side: pair(split, tuning, name, side) for side in ("task", "skills")}
             one["ahead"] = {side: asdict(gain_interval(both, CONFIDENCE)) for side, both in pairs.items()}
         found.append(one)
     return found
-
-
-def _mean(values: np.ndarray) -> dict[str, float]:
-    error = float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else 0.0
-    return {"mean": float(values.mean()), "se": error}

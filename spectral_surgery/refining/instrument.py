@@ -18,7 +18,7 @@ from spectral_surgery.calibration import chat_renderer
 from spectral_surgery.errors import InputError
 from spectral_surgery.formats import digest_of
 from spectral_surgery.judging.trials import BASE, UNEDITED
-from spectral_surgery.refining.bench import Bench, Progress
+from spectral_surgery.refining.bench import Bench, Progress, mean_of
 from spectral_surgery.refining.candidates import Candidate
 from spectral_surgery.refining.options import RefineOptions
 from spectral_surgery.report.facts import SURE
@@ -137,9 +137,7 @@ def _score(suite: Suite, own: Paired, by_name: Mapping[str, Paired]) -> dict[str
 
 def _variant(name: str, pair: Paired, sign: float) -> dict[str, Any]:
     """Returns one variant's mean and its paired gain over the unedited adapter, positive where better."""
-    found: dict[str, Any] = {"name": name, "mean": float(pair.b.mean()), "gain": None, "p": None}
-    error = pair.b.std(ddof=1) / np.sqrt(len(pair.b)) if len(pair.b) > 1 else 0.0
-    found["se"] = float(error)
+    found: dict[str, Any] = {"name": name, **mean_of(pair.b), "gain": None, "p": None}
     if name != UNEDITED:
         better = pair if sign > 0 else replace(pair, a=pair.b, b=pair.a)
         found |= {"gain": asdict(better.difference()), "p": pair.p_value()}

@@ -16,6 +16,7 @@ from spectral_surgery.judging.trials import BASE, UNEDITED, Scores, Split
 from spectral_surgery.judging.verdict import plain
 from spectral_surgery.keeping import degenerate
 from spectral_surgery.manifest import run_record
+from spectral_surgery.refining.bench import mean_of
 from spectral_surgery.refining.candidates import RIVALS, Candidate
 from spectral_surgery.refining.job import serving_note
 from spectral_surgery.refining.rows import first_row
@@ -227,12 +228,7 @@ def _candidate(found: Found, candidate: Candidate) -> dict[str, Any]:
 def _means(scores: Scores | None) -> dict[str, Any] | None:
     if scores is None:
         return None
-    return {side: _mean(getattr(scores, side)) for side in ("task", "skills")}
-
-
-def _mean(values: np.ndarray) -> dict[str, float]:
-    error = float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else 0.0
-    return {"mean": float(values.mean()), "se": error}
+    return {side: mean_of(getattr(scores, side)) for side in ("task", "skills")}
 
 
 def _stage(found: Found, candidate: Candidate) -> str:

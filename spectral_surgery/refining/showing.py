@@ -16,7 +16,7 @@ import numpy as np
 from spectral_surgery.judging.choosing import Judgement
 from spectral_surgery.judging.rule import gain_interval, pair
 from spectral_surgery.judging.trials import UNEDITED, Measure, Scores, Split
-from spectral_surgery.refining.bench import Bench, Part
+from spectral_surgery.refining.bench import CONFIDENCE, Bench, Part, mean_of
 from spectral_surgery.refining.candidates import Candidate
 from spectral_surgery.refining.ready import Ready
 from spectral_surgery.refining.rows import row_set
@@ -25,8 +25,6 @@ from spectral_surgery.refining.scoring import NORMALISERS, Rows, answers, longes
 EXACT = Measure("exact answers", "share of rows", lower_is_better=False, binary=True)
 LONGEST = 256
 """Tokens; where the rows' own answers are longer, nobody writes the same twice, and nothing is generated."""
-CONFIDENCE = 0.95
-"""Of the intervals of what is shown beside the verdict and was no test."""
 
 
 def tested(ready: Ready, judgement: Judgement) -> Part:
@@ -111,8 +109,7 @@ def _shares(split: Split, side: Any, of: int) -> dict[str, Any]:
     scores: Mapping[str, np.ndarray] = {name: getattr(found, side) for name, found in split.scores.items()}
     listed = []
     for name, right in scores.items():
-        error = float(right.std(ddof=1) / np.sqrt(len(right))) if len(right) > 1 else 0.0
         compared = None if name == UNEDITED else gain_interval(pair(split, name, UNEDITED, side), CONFIDENCE)
         gain = asdict(compared) if compared else None
-        listed.append({"name": name, "mean": float(right.mean()), "se": error, "gain": gain})
+        listed.append({"name": name, **mean_of(right), "gain": gain})
     return {"n": len(next(iter(scores.values()))), "of": of, "scores": listed}

@@ -96,7 +96,9 @@ class Unit:
         return f"{self.number(score['mean'])} [{self.number(low)}, {self.number(high)}]"
 
     def limits(self, score: Mapping[str, Any]) -> tuple[float, float]:
-        """Returns the mean's 95 % interval, within what the measure can be."""
+        """Returns the mean's 95 % interval, within what the measure can be; exact where the verdict has it."""
+        if "low" in score:
+            return score["low"], score["high"]
         low, high = score["mean"] - Z * score["se"], score["mean"] + Z * score["se"]
         return max(0.0, low), min(1.0, high) if self.percent else high
 

@@ -147,7 +147,13 @@ def measuring(verdict: Verdict) -> list[tuple[str, str]]:
                 f"{rate['replays']:,} replays of choice and confirmation with nothing to be found.",
             )
         )
-    found.append(("Intervals", f"{_intervals(verdict)} Those of single scores are means with 1.96 standard errors."))
+    found.append(
+        (
+            "Intervals",
+            f"{_intervals(verdict)} Those of single scores are exact for 0/1 scores, otherwise means with 1.96 "
+            f"standard errors.",
+        )
+    )
     if verdict["random"]:
         chance = verdict["random"]
         found.append(
