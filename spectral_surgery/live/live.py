@@ -277,12 +277,17 @@ def _agree(held: Tensor | None, stored: Tensor) -> bool:
     return held.is_meta or torch.equal(held.cpu().to(coarser), stored.to(coarser))
 
 
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """Returns the layers that Transformers' models are stacked of; none where a model has no such layers."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
 @contextmanager
 def _checkpointing(model: nn.Module) -> Iterator[None]:
     """Makes every checkpointing layer recompute while open, by its own attributes alone."""
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    layers = blocks(model)
     if not layers:
         raise BaseModelError("This model has no layers that can checkpoint. Leave --gradient-checkpointing out.")
     recompute = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)

@@ -1,17 +1,17 @@
 """Gates, or the factors themselves, found by a few steps in the loaded model.
 
-:func:`descend` moves bounded log gates and nothing else: r numbers per module. :func:`carry_on` is its rival, the
+:func:`descend` moves bounded gates and nothing else: r numbers per module. :func:`carry_on` is its rival, the
 same number of steps with the same rows on the factors A and B: ordinary training carried on. Both minimise
 
     (task loss) / (what the adapter learned) + keep_weight (keep loss) / (what it forgot)
 
-and both keep the state that was best on a quarter of the rows, which their steps never see. Several processes share
-the rows of a step and add up their gradients, so all take the same step.
+with steps that shrink to nothing along a cosine, and both keep the state that was best on a quarter of the rows, which
+their steps never see. What is to be kept is a loss and the distance of the model's states from the base's, see
+:mod:`.closeness`. Several processes share the rows of a step and add up their gradients, so all take the same step.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -56,13 +56,13 @@ class Term:
 class Steps:
     """How many steps, of what size, with how many rows."""
 
-    count: int = 50
+    count: int = 100
     """Steps at most."""
-    rows: int = 16
+    rows: int = 8
     """Rows of each term in a step."""
-    gate_rate: float = 0.05
-    """Learning rate of log gates (Adam)."""
-    check: int = 10
+    gate_rate: float = 0.2
+    """Learning rate of gates (Adam) at the start."""
+    check: int = 20
     """Steps between looks at the held-back rows."""
     seed: int = 0
 
@@ -89,7 +89,7 @@ def descend(
     start: Gates | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Gates:
-    """Returns gates found by a few steps of Adam on their logarithms, within bounds.
+    """Returns gates found by a few steps of Adam, within bounds.
 
     Args:
         live: The loaded model.
@@ -101,19 +101,18 @@ def descend(
     device, dtype = live.device, torch.float32
     spectra = live.spectra
     start = start or {path: np.ones(len(spectra[path].S)) for path in live.paths}
-    theta = {path: torch.tensor(np.log(start[path]), dtype=dtype, device=device, requires_grad=True) for path in start}
-    optimiser = torch.optim.Adam(theta.values(), lr=steps.gate_rate)
+    gates = {path: torch.tensor(start[path], dtype=dtype, device=device, requires_grad=True) for path in start}
+    optimiser = torch.optim.Adam(gates.values(), lr=steps.gate_rate)
 
     def state() -> Gates:
-        found = {path: value.detach().exp().cpu().double().numpy() for path, value in theta.items()}
-        return {path: _shared(live, path, gates) for path, gates in found.items()}
+        return {path: _shared(live, path, gate.detach().cpu().double().numpy()) for path, gate in gates.items()}
 
     def opened() -> AbstractContextManager[None]:
-        return live.tuned({path: value.exp() for path, value in theta.items()})
+        return live.tuned(gates)
 
     def bound() -> None:
-        for value in theta.values():
-            value.clamp_(math.log(LOWEST), math.log(HIGHEST))
+        for gate in gates.values():
+            gate.clamp_(LOWEST, HIGHEST)
 
     with live.still():
         return _minimise(live, terms, steps, optimiser, opened, state, bound, progress)
@@ -185,6 +184,7 @@ def _minimise(
         with opened():
             return float(sum(per_example(live, rows, term.loss_of).mean() / term.scale for term, _, rows in parts))
 
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, max(steps.count, 1))
     best = _Best(held_back(), state())
     for step in range(1, steps.count + 1):
         optimiser.zero_grad()
@@ -194,6 +194,7 @@ def _minimise(
         for value, gradient in zip(moved, processes.summed([_gradient(value) for value in moved]), strict=True):
             value.grad = gradient
         optimiser.step()
+        schedule.step()
         with torch.no_grad():
             bound()
         if step % steps.check == 0 or step == steps.count:

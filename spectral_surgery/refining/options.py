@@ -36,7 +36,7 @@ class RefineOptions:
     """What is tried: everything; also the paper's four policies; or only the cheap controls."""
     also: tuple[str, ...] = ()
     """Further adapters of the same layout to try, such as earlier checkpoints."""
-    steps: int = 50
+    steps: int = 100
     """Steps of few-step tuning, and of the continued training it is held against; 0 leaves both out."""
     error_rate: float = 0.05
     """Probability of confirming anything wrongly."""

@@ -20,6 +20,7 @@ from spectral_surgery.measurement import Measurement
 from spectral_surgery.measuring import measure_together
 from spectral_surgery.refining.bench import Bench, Part, Progress, Times
 from spectral_surgery.refining.cache import Cache
+from spectral_surgery.refining.closeness import with_distance
 from spectral_surgery.refining.descent import Term
 from spectral_surgery.refining.guessing import guess
 from spectral_surgery.refining.job import Job
@@ -148,16 +149,23 @@ def measured(ready: Ready, progress: Progress | None) -> Evidence:
         base = [per_example(live, rows.tokenized, answer_loss_of), per_example(live, keep.tokenized, ready.keep_loss)]
     own = [per_example(live, rows.tokenized, answer_loss_of), per_example(live, keep.tokenized, ready.keep_loss)]
     _check_template(ready, base[0], own[0])
-    learned, forgot = float((base[0] - own[0]).mean()), float((own[1] - base[1]).mean())
+    learned, forgot = float((base[0] - own[0]).mean()), max(float((own[1] - base[1]).mean()), LEAST_SCALE)
     task = _measurement(live, rows, answer_loss_of, cache, job, partial(progress, "measuring") if progress else None)
     kept = _measurement(live, keep, ready.keep_loss, cache, job, partial(progress, "measuring") if progress else None)
     return Evidence(
         task,
         kept,
         Term(ready.task_loss, rows.tokenized, max(learned, LEAST_SCALE)),
-        Term(ready.keep_loss, keep.tokenized, max(forgot, LEAST_SCALE)),
+        Term(_kept(ready, own[1], forgot), keep.tokenized, forgot),
         signed=not job.task.seen_only,
     )
+
+
+def _kept(ready: Ready, own: np.ndarray, forgot: float) -> LossOf:
+    """Returns the loss on keep rows with the distance of the states from the base's, each counting as ``forgot``."""
+    live, rows = ready.bench.live, ready.measuring.keep.tokenized
+    moved = float((per_example(live, rows, with_distance(live, ready.keep_loss, 1.0)) - own).mean())
+    return with_distance(live, ready.keep_loss, forgot / moved if moved > 0 else 0.0)
 
 
 def _measurement(

@@ -100,7 +100,8 @@ def _extent(ready: Ready) -> Extent:
     row = processes.of_first(lambda: took) / (len(first.task) + len(first.keep))
     steps = Steps()
     part = len(ready.validation.task) + len(ready.validation.keep)
-    found = extent(options, row, part, 3 * 2 * steps.rows * row)
+    # Forward and backward take as long as three forward passes; on keep rows there is one more, of the base.
+    found = extent(options, row, part, (3 + 4) * steps.rows * row)
     log.info(
         "Budget %s: %d keep weights of few-step tuning, %d learning rates of continued training, %s more even "
         "spectra, %d random orders.",

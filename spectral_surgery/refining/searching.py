@@ -33,7 +33,7 @@ LEAST_SCALE = 1e-3
 """Nats per token; so little learned or forgotten counts as this much."""
 RATES = (1e-3, 3e-4, 3e-3)
 """Learning rates of continued training, the first of them alone where time is short."""
-WEIGHTS = (1.5, 0.5, 5.0)
+WEIGHTS = (2.5, 0.75, 5.0)
 """Keep weights, as multiples of the share of the task that may be lost; the first alone where time is short."""
 LEAST_MARGIN = 0.01
 """Where nothing may be lost, weights are multiples of this."""
