@@ -12,6 +12,7 @@ import tiny
 
 from spectral_surgery.errors import InputError
 from spectral_surgery.evaluating import sentences
+from spectral_surgery.evaluating.keys import asked
 from spectral_surgery.evaluating.suite import Suite, SuiteOptions, check_options, prepare_suite
 from spectral_surgery.evaluating.tasks import PAPER, PRIMARY, LocalData, split_suite
 
@@ -198,6 +199,24 @@ def test_a_yaml_file_of_one_s_own_runs(tmp_path: Path) -> None:
     assert task(prepared(suite=str(path))).instances[0].args[0] == "say one"
     with pytest.raises(InputError, match="there is no such file"):
         prepared(suite=str(tmp_path / "none.yaml"))
+
+
+def test_what_scores_depend_on_has_another_hash_when_it_changes(tmp_path: Path) -> None:
+    data = written(tmp_path / "data.jsonl", {"q": "one", "a": "1"})
+    (tmp_path / "own.yaml").write_text(
+        f"task: own\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {data}}}}}\ntest_split: test\n"
+        "output_type: generate_until\ndoc_to_text: '{{q}}'\ndoc_to_target: '{{a}}'\n"
+        "process_results: !function marks.right\n"
+        "metric_list: [{metric: right, aggregation: mean, higher_is_better: true}]\n"
+    )
+    marks = tmp_path / "marks.py"
+    marks.write_text("def right(doc, results):\n    return {'right': float(results[0] == doc['a'])}\n")
+    entry = str(tmp_path / "own.yaml")
+    before = asked(prepared(suite=entry))
+    assert asked(prepared(suite=entry)) == before
+    assert asked(prepared(suite=entry, max_gen_toks=7)) != before
+    marks.write_text("def right(doc, results):\n    return {'right': 1.0}\n")
+    assert asked(prepared(suite=entry)) != before
 
 
 def test_documents_can_be_chosen_and_must_exist(answers: str) -> None:
