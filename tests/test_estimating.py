@@ -71,7 +71,7 @@ def test_the_peak_is_what_the_arithmetic_says(checkpointing: bool, monkeypatch: 
     found = tracker.peak
     said = costs.peak(ids.numel(), ids.numel()) - costs.weights - costs.adapter
     print(f"checkpointing {checkpointing}: peak {found}, said {said}, {said / found:.3f}")
-    assert 0.8 < said / found < 1.3
+    assert 1 <= said / found < 1.3
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -91,7 +91,7 @@ def test_the_peak_of_packed_rows_is_what_the_arithmetic_says(
     found = tracker.peak
     said = costs.peak(ids.numel(), 16 * 63, packed=True) - costs.weights - costs.adapter
     print(f"packed, checkpointing {checkpointing}: peak {found}, said {said}, {said / found:.3f}")
-    assert 0.8 < said / found < 1.3
+    assert 1 <= said / found < 1.3
 
 
 def adapted(config: Any, options: ModelOptions) -> Any:

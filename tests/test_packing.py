@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,12 +18,14 @@ from transformers.integrations import flash_attention
 from spectral_surgery import Live, batching
 from spectral_surgery.batching import check_packing, packing
 from spectral_surgery.calibration import Tokenized, TokenizedExample, batches
+from spectral_surgery.cli import main
 from spectral_surgery.errors import BaseModelError, DataError
 from spectral_surgery.measurement import Measurement
 from spectral_surgery.measuring import measure_live
 from spectral_surgery.objective import answer_loss
 from spectral_surgery.options import BatchOptions
 from spectral_surgery.packing import Packed, formed, is_wanted, packs
+from spectral_surgery.sensitivity_file import load_measurement
 
 ON = BatchOptions(packing="on")
 SEATS: dict[str, dict[str, Any]] = {
@@ -231,3 +234,25 @@ def test_an_adapted_head_and_a_loss_of_ones_own_are_refused() -> None:
         packing(exact_live(target_modules=["lm_head", "q_proj"]), rows(), ON)
     with pytest.raises(BaseModelError, match="the loss is the caller's own"):
         packing(exact_live(), rows(), ON, tiny.loss)
+
+
+def test_the_command_packs_on_request_and_records_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    world, found = tiny.world(tmp_path), {}
+    for how, budget, more in (("auto", "512", []), ("on", "60", ["--gradient-checkpointing"])):
+        output = tmp_path / f"{how}.safetensors"
+        options = ["--device", "cpu", "--examples", "12", "--packing", how, "--token-budget", budget, *more]
+        data = ["--data", str(world.data), "--output", str(output)]
+        assert main(["measure", str(world.adapter), *options, *data]) == 0
+        found[how] = load_measurement(output)
+    assert (found["auto"].about["packed"], found["on"].about["packed"]) == ("no", "yes")
+    assert found["on"].digests == found["auto"].digests
+    assert_equal(found["on"], found["auto"], 2e-5)
+
+
+def test_the_command_refuses_what_cannot_be_packed_before_it_loads_the_base(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    world = tiny.world(tmp_path, alora_invocation_tokens=[5, 6])
+    (world.base / "model.safetensors").unlink()
+    assert main(["measure", str(world.adapter), "--data", str(world.data), "--packing", "on", "--device", "cpu"]) == 2
+    assert "an aLoRA takes the tokens of all examples together" in capsys.readouterr().err
