@@ -43,9 +43,10 @@ def foreseen(job: Job) -> str:
     forward = survivors * scored + tested * (survivors if task.swapped else 10)
     row = found.tokens / max(found.rows, 1)
     forward += options.permutations * PERMUTED * row
-    trained = tuned * (len(WEIGHTS) + len(RATES)) * options.steps * 2 * Steps().rows * row
+    # Rows of task and keep go forward and back, and those of keep once more through the base.
+    forward += tuned * (len(WEIGHTS) + len(RATES)) * options.steps * (2 + 3) * Steps().rows * row
     matrix = 2 * found.costs.matrix
-    seconds = (found.costs.operations(found.tokens) + matrix * forward + 2 * matrix * trained) / found.speed
+    seconds = (found.costs.operations(found.tokens) + matrix * forward) / found.speed
     memory = f"{found.peak / GIB:.1f} GiB" if found.peak > 0.1 * GIB else f"{found.peak / 2**20:.0f} MiB"
     room = "" if found.memory is None else f" of {found.memory:.0f} GiB"
     return f"Memory: about {memory}{room} on {found.device}; time: {_time(seconds)} or more"
