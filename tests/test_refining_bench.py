@@ -320,9 +320,10 @@ def test_the_options_of_a_recorded_run_come_back(tmp_path: Path) -> None:
         "batching": BatchOptions(batch_size=4),
     }
     plain = {name: vars(options) for name, options in given.items()}
-    kept = {**verdict(), "options": {"adapter": "a", "data": "unseen.jsonl", "train_data": None, **plain, "later": 1}}
+    named = {"data": "unseen.jsonl", "train_data": None, "task_data": None}
+    kept = {**verdict(), "options": {"adapter": "a", **named, **plain, "later": 1}}
     (tmp_path / "verdict.json").write_text(json.dumps(kept))
-    assert options_of(recorded(tmp_path / "verdict.json")) == {"data": "unseen.jsonl", "train_data": None, **given}
+    assert options_of(recorded(tmp_path / "verdict.json")) == {**named, **given}
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"options": null}', '{"options": {"options": {}}, "adapter": 1}'])
