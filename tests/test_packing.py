@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -256,3 +257,26 @@ def test_the_command_refuses_what_cannot_be_packed_before_it_loads_the_base(
     (world.base / "model.safetensors").unlink()
     assert main(["measure", str(world.adapter), "--data", str(world.data), "--packing", "on", "--device", "cpu"]) == 2
     assert "an aLoRA takes the tokens of all examples together" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("make", [batches, packs])
+def test_memory_that_runs_out_in_a_later_batchs_backward_pass_loses_nothing(make: Any) -> None:
+    live, tokenized, tried = exact_live(), rows(8), []
+    layer = live.model.get_base_model().model.layers[0]
+
+    def fails(grad: torch.Tensor) -> None:
+        raise torch.OutOfMemoryError
+
+    def hungry(model: Any, batch: Any) -> torch.Tensor:
+        tried.append(len(batch))
+        with ExitStack() as stack:
+            if len(tried) == 2:
+                hook = layer.register_forward_hook(lambda _, __, out: out.register_hook(fails) and None)
+                stack.callback(hook.remove)
+            return answer_loss(model, batch)
+
+    made = make(tokenized, batch_size=4)
+    found = measure_live(live, made, loss=hungry, checkpointing=True)
+    assert tried[:2] == [4, 4]
+    assert sum(tried[2:]) == 4
+    assert_equal(found, measure_live(live, batches(tokenized)), 1e-12)
