@@ -35,6 +35,7 @@ from spectral_surgery.tables import table
 
 NESTED = [("q_proj",), ("q_proj", "o_proj"), ("q_proj", "k_proj", "v_proj", "o_proj"), tuple(KINDS)]
 """Kinds of modules; in each the first of the first layer, so that the backward pass is equally long."""
+TICKS = (1, 2, 4, 8)
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,9 @@ def drawn(found: dict[str, list[dict[str, Any]]], path: Path) -> None:
                 axis.loglog(times, cost, marker=marker, markersize=3, linewidth=1, label=name)
             axis.loglog([1, 8], [1, 8], color="0.6", linestyle="--", linewidth=1, label="in proportion")
             axis.set(title=title, xlabel="what is varied, times the first point")
+            axis.set_xticks(TICKS, map(str, TICKS))
+            axis.set_yticks(TICKS, map(str, TICKS))
+            axis.minorticks_off()
         axes[0].set_ylabel("cost, times the first point")
         axes[0].legend(frameon=False)
         figure.savefig(path, metadata={"Date": None})
