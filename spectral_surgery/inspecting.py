@@ -6,15 +6,11 @@ memory stays at a few leading directions a module and time is linear in modules.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
 
 from spectral_surgery import alignment, weight_study
 from spectral_surgery.adapter import Adapter, AdapterConfig, files
@@ -28,6 +24,7 @@ from spectral_surgery.measurement import Measurement
 from spectral_surgery.selection import Selection, select
 from spectral_surgery.significance import respond
 from spectral_surgery.spectrum import finite
+from spectral_surgery.threads import each, one_thread
 from spectral_surgery.weight_files import WeightFiles
 from spectral_surgery.weight_study import BaseView
 
@@ -122,27 +119,15 @@ def inspect(
     return _with_base(found, views, base, progress) if base else views
 
 
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Runs torch in one thread: waking a second one for every thin factor costs more than it gives."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def _dissect(readable: Readable, selection: Selection, k: int, *, directions: bool) -> Dissected:
     updates = readable.adapter.updates
     paths = select(updates, selection)
     modules, kept = {}, {}
-    with ThreadPoolExecutor(os.cpu_count(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        found = pool.map(lambda path: dissect(path, updates[path], k if directions else 0), paths)
-        for path, (summary, leading) in zip(paths, found, strict=True):
-            modules[path] = summary
-            if leading:
-                kept[path] = leading
+    found = each(lambda path: dissect(path, updates[path], k if directions else 0), paths)
+    for path, (summary, leading) in zip(paths, found, strict=True):
+        modules[path] = summary
+        if leading:
+            kept[path] = leading
     return Dissected(readable, modules, kept)
 
 

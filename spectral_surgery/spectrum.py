@@ -18,7 +18,7 @@ All functions are pure, run on the CPU in float64, and know nothing of files or 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -46,6 +46,10 @@ class LowRank:
     def stored(self) -> Tensor:
         """The factor that an edit changes."""
         return self.B if self.side == "B" else self.A
+
+    def with_stored(self, factor: Tensor) -> LowRank:
+        """Returns the update with another edited factor."""
+        return replace(self, B=factor) if self.side == "B" else replace(self, A=factor)
 
 
 @dataclass(frozen=True)
@@ -76,30 +80,37 @@ def thin_svd(update: LowRank) -> Spectrum:
     return Spectrum(U, S, Vh, tied(S.numpy(), noise))
 
 
-def edit_left(
-    B: Float[Tensor, "out r"], U: Float[Tensor, "out k"], gates: Float[np.ndarray, " k"]
-) -> Float[Tensor, "out r"]:
-    """Returns ``B - U diag(1 - gates) U^T B``: with the same A, the update becomes ``U diag(gates S) Vh``.
+def singular_values(update: LowRank) -> Float[Tensor, " k"]:
+    """Returns the singular values of ``B A`` alone, as :func:`thin_svd` has them."""
+    R_out, R_in = (torch.linalg.qr(_columns(factor), mode="r").R for factor in (update.B, update.A.T))
+    return torch.linalg.svdvals(R_out @ R_in.T)
 
-    The result is float64; where every gate is one it is ``B`` itself, same object and dtype.
+
+def edited_factor(
+    update: LowRank, gates: Float[np.ndarray, " k"]
+) -> tuple[Float[Tensor, "rows columns"], Float[Tensor, " k"]]:
+    """Returns the stored factor that the gates make of an update's, in float64, and the update's singular values.
+
+    ``B' = B - U diag(1 - gates) U^T B``: with the same A, the update becomes ``U diag(gates S) Vh``; or its mirror,
+    ``A' = A - A Vh^T diag(1 - gates) Vh``. With ``B = Q R`` and ``U = Q u`` the change is
+    ``Q u diag(1 - gates) u^T R``, one product of a long matrix. Where every gate is one the factor is the stored
+    tensor itself, same object and dtype.
     """
-    edited, removed = _edited(gates)
-    if not edited.any():
-        return B
-    U = U[:, edited]
-    return exact(B) - U @ (removed[:, None] * (U.T @ exact(B)))
-
-
-def edit_right(
-    A: Float[Tensor, "r in"], Vh: Float[Tensor, "k in"], gates: Float[np.ndarray, " k"]
-) -> Float[Tensor, "r in"]:
-    """Returns ``A - A Vh^T diag(1 - gates) Vh``, the mirror of :func:`edit_left` with the same B."""
-    return edit_left(A.T, Vh.T, gates).T if (gates != 1).any() else A
-
-
-def _edited(gates: Float[np.ndarray, " k"]) -> tuple[Tensor, Tensor]:
+    stored, other = (update.B, update.A.T) if update.side == "B" else (update.A.T, update.B)
+    columns = _columns(stored)
+    Q, R = torch.linalg.qr(columns)
+    u, S, _ = torch.linalg.svd(R @ torch.linalg.qr(_columns(other), mode="r").R.T, full_matrices=False)
     edited = torch.from_numpy(gates != 1)
-    return edited, torch.from_numpy(1 - np.asarray(gates, dtype=np.float64))[edited]
+    if not edited.any():
+        return update.stored, S
+    u, removed = u[:, edited], torch.from_numpy(1 - np.asarray(gates, dtype=np.float64))[edited]
+    rows = columns.T - (u @ (removed[:, None] * (u.T @ R))).T @ Q.T
+    return rows.T if update.side == "B" else rows, S
+
+
+def _columns(factor: Float[Tensor, "rows r"]) -> Float[Tensor, "rows r"]:
+    """Returns a factor in float64, column after column in memory, as LAPACK would copy it otherwise."""
+    return exact(factor.T.contiguous()).T
 
 
 def update_norm(B: Float[Tensor, "out r"], A: Float[Tensor, "r in"]) -> float:

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float
+from torch import Tensor
 
 from spectral_surgery.constraints import edit_size
 from spectral_surgery.errors import RunError
@@ -20,12 +21,13 @@ from spectral_surgery.measurement import Measurement, ModuleMeasurement
 from spectral_surgery.spectrum import (
     LowRank,
     Spectrum,
-    edit_left,
-    edit_right,
+    edited_factor,
     exact,
+    finite,
     thin_svd,
     update_norm,
 )
+from spectral_surgery.threads import each
 
 
 @dataclass(frozen=True)
@@ -85,42 +87,40 @@ def operate(
     Raises:
         RunError: If an edited factor is not finite in the stored dtype.
     """
-    edited, report = {}, {}
-    for path, alpha in gates.items():
-        edited[path], report[path] = _operate(path, updates[path], alpha)
-    return edited, EditReport(report)
+    made = each(lambda path: _operate(path, updates[path], gates[path]), gates)
+    edited = {path: result for path, (result, _) in zip(gates, made, strict=True)}
+    return edited, EditReport({path: report for path, (_, report) in zip(gates, made, strict=True)})
 
 
 def _operate(path: str, update: LowRank, gates: Float[np.ndarray, " r"]) -> tuple[LowRank, ModuleEdit]:
-    spectrum = thin_svd(update)
-    S = spectrum.S.numpy()
-    if update.side == "B":
-        wanted = replace(update, B=edit_left(update.B, spectrum.U, gates))
-    else:
-        wanted = replace(update, A=edit_right(update.A, spectrum.Vh, gates))
-    factor = wanted.stored.to(update.stored.dtype)
-    if not factor.isfinite().all():
+    wanted, values = edited_factor(update, gates)
+    S = values.numpy()
+    factor = wanted.to(update.stored.dtype)
+    if not finite(factor):
         raise RunError(
             f"{path}: the edited factor overflows {factor.dtype}. "
             f"The largest gate is {gates.max():.3g}; choose a milder policy."
         )
-    result = replace(update, B=factor) if update.side == "B" else replace(update, A=factor)
-    return result, ModuleEdit(S, gates, update.scale, edit_size(S, gates), distance(result, wanted))
+    norm, rounding = float(np.linalg.norm(gates * S)), _difference_norm(update.with_stored(factor), wanted)
+    result = update.with_stored(factor.contiguous())
+    return result, ModuleEdit(S, gates, update.scale, edit_size(S, gates), rounding / norm if norm else rounding)
 
 
 def distance(update: LowRank, wanted: LowRank) -> float:
     """Returns ``||B A - B' A'||_F / ||B' A'||_F`` for two updates that share a factor; 0 if both are zero."""
-    norm = update_norm(wanted.B, wanted.A)
-    if update.side == "B":
-        difference = update_norm(exact(update.B) - exact(wanted.B), update.A)
-    else:
-        difference = update_norm(update.B, exact(update.A) - exact(wanted.A))
+    norm, difference = update_norm(wanted.B, wanted.A), _difference_norm(update, wanted.stored)
     return difference / norm if norm else difference
+
+
+def _difference_norm(update: LowRank, wanted: Tensor) -> float:
+    """Returns the Frobenius norm of what an update lacks to be the one with another edited factor."""
+    missing = exact(wanted) - update.stored.detach().cpu()
+    return update_norm(missing, update.A) if update.side == "B" else update_norm(update.B, missing)
 
 
 def spectra(updates: Mapping[str, LowRank]) -> dict[str, Spectrum]:
     """Returns the thin SVD of every update."""
-    return {path: thin_svd(update) for path, update in updates.items()}
+    return dict(zip(updates, each(thin_svd, updates.values()), strict=True))
 
 
 def unmeasured(found: Mapping[str, Spectrum]) -> Measurement:

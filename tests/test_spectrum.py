@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,11 +12,11 @@ from torch import Tensor
 
 from spectral_surgery.spectrum import (
     LowRank,
-    edit_left,
-    edit_right,
+    edited_factor,
     effective_rank,
     exact,
     rounding_noise,
+    singular_values,
     spacing,
     stable_rank,
     thin_svd,
@@ -118,8 +119,11 @@ def test_editing_either_factor_gives_the_gated_spectrum(r: int, out: int, into: 
     spectrum = thin_svd(update)
     gates = random_gates(len(spectrum.S))
     wanted = rebuilt(update, gates)
-    left = edit_left(update.B, spectrum.U, gates) @ update.A
-    right = update.B @ edit_right(update.A, spectrum.Vh, gates)
+    left, S = edited_factor(update, gates)
+    right, _ = edited_factor(replace(update, side="A"), gates)
+    for values in (S, singular_values(update)):
+        torch.testing.assert_close(values, spectrum.S, rtol=1e-12, atol=1e-12)
+    left, right = left @ update.A, update.B @ right
     torch.testing.assert_close(left, wanted, rtol=1e-11, atol=1e-11)
     torch.testing.assert_close(right, wanted, rtol=1e-11, atol=1e-11)
 
@@ -127,15 +131,14 @@ def test_editing_either_factor_gives_the_gated_spectrum(r: int, out: int, into: 
 @pytest.mark.parametrize("dtype", LOW)
 def test_gates_of_one_give_back_the_very_same_tensor(dtype: torch.dtype) -> None:
     update = factors(3, dtype=dtype)
-    spectrum = thin_svd(update)
-    assert edit_left(update.B, spectrum.U, np.ones(3)) is update.B
-    assert edit_right(update.A, spectrum.Vh, np.ones(3)) is update.A
+    assert edited_factor(update, np.ones(3))[0] is update.B
+    assert edited_factor(replace(update, side="A"), np.ones(3))[0] is update.A
 
 
 def test_components_whose_gate_is_one_are_not_touched_by_an_edit_of_another() -> None:
     update = factors(3)
     spectrum = thin_svd(update)
-    B = edit_left(update.B, spectrum.U, np.array([1.0, 0.3, 1.0]))
+    B, _ = edited_factor(update, np.array([1.0, 0.3, 1.0]))
     before, after = spectrum.U.T @ update.B, spectrum.U.T @ B
     torch.testing.assert_close(after[[0, 2]], before[[0, 2]], rtol=1e-13, atol=1e-13)
     torch.testing.assert_close(after[1], 0.3 * before[1])

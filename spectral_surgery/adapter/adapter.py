@@ -27,8 +27,9 @@ from spectral_surgery.errors import AdapterError, OutputError, RunError
 from spectral_surgery.manifest import source_record, with_result
 from spectral_surgery.measurement import Measurement
 from spectral_surgery.selection import Selection, select
-from spectral_surgery.spectrum import LowRank, thin_svd
+from spectral_surgery.spectrum import LowRank, singular_values
 from spectral_surgery.surgery import EditReport, spectra, unmeasured
+from spectral_surgery.threads import each
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -243,9 +244,10 @@ class Adapter:
         ]
         if different:
             raise RunError(f"The written file does not hold what was edited: {different[0]} differs.")
-        for path, edit in (self.report.modules if self.report else {}).items():
+        edits = self.report.modules if self.report else {}
+        values = each(lambda path: singular_values(written.updates[path]).numpy(), edits)
+        for (path, edit), found in zip(edits.items(), values, strict=True):
             wanted = np.sort(np.abs(edit.S * edit.gates))[::-1]
-            found = thin_svd(written.updates[path]).S.numpy()
             error = float(np.linalg.norm(found - wanted))
             # Weakened to almost nothing, an update keeps the float64 residue of what was taken away.
             allowed = edit.rounding * float(np.linalg.norm(wanted)) + 1e-9 * float(np.linalg.norm(edit.S))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import compress
 
 import torch
 
 from spectral_surgery.adapter.config import AdapterConfig
 from spectral_surgery.adapter.kinds import Stored
-from spectral_surgery.spectrum import exact, update_norm
+from spectral_surgery.threads import each
 
 HALF = (torch.float16, torch.bfloat16)
 CANCELLED = 1e-2
@@ -22,7 +23,7 @@ def doubts(config: AdapterConfig, stored: Mapping[str, Stored]) -> Iterator[str]
             "The adapter was initialised by LoftQ: part of its update repairs the rounding of the quantised base that "
             "it was trained on, and is no part of what it learnt. Measure and use it on that base."
         )
-    if cancelled := [path for path, one in stored.items() if _cancels(one)]:
+    if cancelled := list(compress(stored, each(_cancels, stored.values()))):
         yield (
             f"{cancelled[0]}{f' and {len(cancelled) - 1} more modules' if len(cancelled) > 1 else ''}: the update is "
             f"less than {CANCELLED:g} of its 16-bit factors, as of a PiSSA, OLoRA or CorDA adapter that was converted "
@@ -35,5 +36,6 @@ def _cancels(stored: Stored) -> bool:
     update = stored.update
     if update.A.dtype not in HALF or update.B.dtype not in HALF:
         return False
-    factors = float(exact(update.B).norm() * exact(update.A).norm())
-    return 0 < update_norm(update.B, update.A) < CANCELLED * factors
+    B, A = update.B.float(), update.A.float()
+    of_B, of_A = B.T @ B, A @ A.T
+    return 0 < float((of_B * of_A).sum()) < CANCELLED**2 * float(of_B.trace() * of_A.trace())

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from spectral_surgery.errors import InputError, RunError
 from spectral_surgery.exporting.destination import Resize
-from spectral_surgery.spectrum import LowRank, exact, thin_svd
+from spectral_surgery.spectrum import LowRank, exact, singular_values, thin_svd
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def ranks_for(updates: Mapping[str, LowRank], resize: Resize, *, per_module: boo
     if resize.rule == "rank":
         wanted = int(resize.value)
         return {path: min(wanted, update.A.shape[0]) if per_module else wanted for path, update in updates.items()}
-    own = {path: rank_for(thin_svd(update).S.numpy(), resize) for path, update in updates.items()}
+    own = {path: rank_for(singular_values(update).numpy(), resize) for path, update in updates.items()}
     return own if per_module else dict.fromkeys(updates, max(own.values()))
 
 
@@ -141,7 +141,7 @@ def _padded(factor: Tensor, rank: int, axis: int) -> Tensor:
 
 def lost(source: LowRank, written: LowRank) -> Loss:
     """Returns what the written factors of one module lose against the source's."""
-    S = source.scale * thin_svd(source).S.numpy()
+    S = source.scale * singular_values(source).numpy()
     after = written.A.shape[0]
     return Loss(
         before=source.A.shape[0],

@@ -11,13 +11,12 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 
 import numpy as np
-from torch import Tensor
 
 from spectral_surgery.adapter import Adapter
 from spectral_surgery.errors import InputError, RunError
 from spectral_surgery.exporting.destination import Blocks
 from spectral_surgery.selection import kind
-from spectral_surgery.spectrum import LowRank, exact, thin_svd
+from spectral_surgery.spectrum import LowRank, exact, singular_values
 from spectral_surgery.surgery import EditReport, ModuleEdit, distance
 
 BLOCK = ("", "_block", "_blocks")
@@ -46,18 +45,14 @@ def scaled(adapter: Adapter, strengths: Mapping[str, float]) -> Adapter:
 
 
 def _scaled(path: str, update: LowRank, strength: float) -> tuple[LowRank, ModuleEdit]:
-    wanted = _with_stored(update, strength * exact(update.stored))
+    wanted = update.with_stored(strength * exact(update.stored))
     factor = wanted.stored.to(update.stored.dtype)
     if not factor.isfinite().all():
         raise RunError(f"{path}: {strength:g} times the factor overflows {factor.dtype}. Choose a lower strength.")
-    result = _with_stored(update, factor)
-    S = thin_svd(update).S.numpy()
+    result = update.with_stored(factor)
+    S = singular_values(update).numpy()
     gates = np.full(len(S), strength)
     return result, ModuleEdit(S, gates, update.scale, abs(1 - strength), distance(result, wanted))
-
-
-def _with_stored(update: LowRank, factor: Tensor) -> LowRank:
-    return replace(update, B=factor) if update.side == "B" else replace(update, A=factor)
 
 
 def block_strengths(paths: Iterable[str], blocks: Blocks) -> dict[str, float]:
