@@ -6,51 +6,47 @@ Exit status: 0 done, 1 failed midway, 2 bad input (nothing was done), 3 an inspe
 
 from __future__ import annotations
 
+import ast
 import os
 import sys
 import traceback
 from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import tyro
 
 from spectral_surgery import processes
 from spectral_surgery.cli import console
-from spectral_surgery.cli.commands import Command, Demo, Edit, Measure, Restore
-from spectral_surgery.cli.compare import Compare
-from spectral_surgery.cli.convert import Convert
-from spectral_surgery.cli.estimate import Estimate
-from spectral_surgery.cli.evaluate import Evaluate
-from spectral_surgery.cli.export import Export
-from spectral_surgery.cli.inspect import Inspect
-from spectral_surgery.cli.miniature import Miniature
-from spectral_surgery.cli.refine import Refine
-from spectral_surgery.cli.report import Report
-from spectral_surgery.cli.speclora import SpecLora
-from spectral_surgery.cli.sweep import Sweep
-from spectral_surgery.cli.train import Train
-from spectral_surgery.cli.weights import Weights
 from spectral_surgery.errors import InputError, SpectralSurgeryError
 
-COMMANDS = (
-    Inspect,
-    Refine,
-    Compare,
-    Export,
-    Demo,
-    Estimate,
-    Measure,
-    Edit,
-    Restore,
-    Evaluate,
-    Sweep,
-    Report,
-    Miniature,
-    Train,
-    SpecLora,
-    Weights,
-    Convert,
-)
-"""In the order of the help: what most people need first, then what experiments need."""
+if TYPE_CHECKING:
+    from spectral_surgery.cli.commands import Command
+
+COMMANDS = {
+    "inspect": "inspect:Inspect",
+    "refine": "refine:Refine",
+    "compare": "compare:Compare",
+    "export": "export:Export",
+    "demo": "commands:Demo",
+    "estimate": "estimate:Estimate",
+    "measure": "commands:Measure",
+    "edit": "commands:Edit",
+    "restore": "commands:Restore",
+    "evaluate": "evaluate:Evaluate",
+    "sweep": "sweep:Sweep",
+    "report": "report:Report",
+    "miniature": "miniature:Miniature",
+    "train": "train:Train",
+    "speclora": "speclora:SpecLora",
+    "weights": "weights:Weights",
+    "convert": "convert:Convert",
+}
+"""File and class of every command, in the order of the help: what most people need first, then for experiments."""
+SHARED = ("measure", "refine", "evaluate", "train")
+"""Commands whose work several processes can share."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -83,23 +79,38 @@ def _run(command: Command) -> int:
 
 def _check_shared(command: Command) -> None:
     """Refuses several processes where a command would do in each of them what one does."""
-    if processes.count() > 1 and not command.shared:
-        several = ", ".join(kind.__name__.lower() for kind in COMMANDS if kind.shared)
+    name = type(command).__name__.lower()
+    if processes.count() > 1 and name not in SHARED:
         raise InputError(
-            f"{type(command).__name__.lower()} works in one process, and {processes.count()} were started. Start it "
-            f"without accelerate launch; what can be launched is {several}."
+            f"{name} works in one process, and {processes.count()} were started. Start it without accelerate launch; "
+            f"what can be launched is {', '.join(SHARED)}."
         )
 
 
 def parse(arguments: Sequence[str] | None) -> Command:
     """Returns the command that the arguments spell; ends the program on ``--help`` and on a misspelling."""
-    return tyro.extras.subcommand_cli_from_dict(
-        {command.__name__.lower(): command for command in COMMANDS},
-        args=arguments,
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    found: Command = tyro.extras.subcommand_cli_from_dict(
+        {name: _command(place) if given[:1] == [name] else _described(place) for name, place in COMMANDS.items()},
+        args=given,
         prog="spectral-surgery",
         description="Refine a trained LoRA adapter without retraining it, and know whether that helped.",
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
     )
+    return found
+
+
+def _command(place: str) -> Any:
+    file, _, kind = place.partition(":")
+    return getattr(import_module(f"spectral_surgery.cli.{file}"), kind)
+
+
+def _described(place: str) -> Any:
+    """Returns what stands for a command that is not run: its name and docstring, read without importing it."""
+    file, _, kind = place.partition(":")
+    tree = ast.parse((Path(__file__).parent / f"{file}.py").read_text(encoding="utf-8"))
+    found = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == kind)
+    return dataclass(type(kind, (), {"__doc__": ast.get_docstring(found), "__module__": __name__}))
 
 
 def _failed(command: Command, message: str, status: int) -> int:

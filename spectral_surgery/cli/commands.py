@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
 class Command:
     """What every command has."""
 
-    shared: ClassVar[bool] = False
-    """Whether several processes can share the work."""
     debug: bool = False
     """Show the traceback of an error."""
 
@@ -134,8 +132,6 @@ class Measure(Measuring):
     """Replace an existing sensitivity file."""
     dry_run: bool = False
     """Check everything and say what would be done, without loading the base model's weights."""
-
-    shared: ClassVar[bool] = True
 
     def run(self) -> None:
         """Writes the sensitivity file."""

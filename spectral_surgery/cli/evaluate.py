@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -44,8 +44,6 @@ class Evaluate(Command):
     """Replace an output folder that spectral-surgery wrote."""
     dry_run: bool = False
     """Check everything and say what would be scored, without loading the base model's weights."""
-
-    shared: ClassVar[bool] = True
 
     def run(self) -> None:
         """Prints the table and writes the folder."""

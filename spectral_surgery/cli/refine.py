@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -59,8 +59,6 @@ class Refine(OfAdapter):
     """Make that repository private."""
     push_report: bool = False
     """Upload the report as well; it may show your rows."""
-
-    shared: ClassVar[bool] = True
 
     def run(self) -> None:
         """Prints the verdict and where the files are."""

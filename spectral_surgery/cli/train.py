@@ -6,7 +6,7 @@ import os
 import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
 from spectral_surgery import processes
 from spectral_surgery.cli import console
@@ -42,8 +42,6 @@ class Train(Command, TrainOptions):
     that the verdict was made on."""
     dry_run: bool = False
     """Check everything and say what would be done, without loading the base model's weights."""
-
-    shared: ClassVar[bool] = True
 
     def run(self) -> None:
         """Trains and says what to do next."""
