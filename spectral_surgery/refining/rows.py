@@ -76,17 +76,7 @@ def task_rows(
     Raises:
         DataError: If there are none or too few, or a row is given both as seen and as unseen.
     """
-    if task_data and (data or train_data):
-        raise DataError(
-            f"{task_data} stands beside {'--data' if data else '--train-data'} without a word about whether the "
-            f"adapter was trained on it. Say it of both: --data for rows that it was not trained on, --train-data for "
-            f"rows that it was."
-        )
-    if not (data or train_data or task_data):
-        raise DataError(
-            "There are no rows. Pass --data with rows that the adapter was not trained on, --train-data with rows "
-            "that it was, or a file behind the adapter's name where you cannot say: then it is guessed."
-        )
+    _check_named(data, train_data, task_data)
     unseen = _read(data, options, tokenizer, adapter) if data else []
     seen = _read(train_data, options, tokenizer, adapter) if train_data else []
     _check_apart(unseen, seen, data, train_data)
@@ -125,6 +115,21 @@ def task_rows(
         duplicates=splits.duplicates,
         source=str(source),
     )
+
+
+def _check_named(data: str | None, train_data: str | None, task_data: str | None) -> None:
+    """Raises DataError when no rows are named, or some of them with a word about the training and some without."""
+    if task_data and (data or train_data):
+        raise DataError(
+            f"{task_data} stands beside {'--data' if data else '--train-data'} without a word about whether the "
+            f"adapter was trained on it. Say it of both: --data for rows that it was not trained on, --train-data for "
+            f"rows that it was."
+        )
+    if not (data or train_data or task_data):
+        raise DataError(
+            "There are no rows. Pass --data with rows that the adapter was not trained on, --train-data with rows "
+            "that it was, or a file behind the adapter's name where you cannot say: then it is guessed."
+        )
 
 
 def _read(source: str, options: DataOptions, tokenizer: Any, adapter: Adapter) -> list[Example]:
