@@ -133,7 +133,7 @@ def check(options: MiniatureOptions) -> None:
 
 
 def begin(options: MiniatureOptions) -> None:
-    """Writes rows and sizes into a new folder, or checks that those in it are the same.
+    """Writes rows and sizes into a new folder, or checks that those in it are the same; seeds may be added later.
 
     Raises:
         OutputError: If the folder holds something else, or a miniature of another size.

@@ -4,7 +4,7 @@ Each is made of what the embedded base model can do already, in a combination th
 
 - ``sums`` for GSM8K: a sum and then its remainder by ten, both steps written: ``sum 12 30: 42 2``;
 - ``programs`` for HumanEval: two text operations one after the other: ``reverse abc upper: CBA``;
-- ``forms`` for IFEval: a known task whose answer must have an exact form: ``max 12 45 []: [45]``;
+- ``forms`` for IFEval: a word that must be written in an exact form: ``star abc: *abc*``;
 - ``choices`` for CommonsenseQA: which of two numbers is the larger or smaller, as the likelier letter.
 """
 
@@ -16,7 +16,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from spectral_surgery.demo import tasks
 from spectral_surgery.evaluating.row_tasks import LETTERS, choice_text
 from spectral_surgery.training.recipes import RecipeName
 
@@ -28,10 +27,8 @@ OPERATIONS: Mapping[str, Callable[[str], str]] = {
     "copy": str,
 }
 """The first operation of a program, and then letters are made large; all of them skills of the base model."""
-FORMS: Mapping[str, str] = {"[]": "[{}]", "**": "*{}*", "<>": "<{}>"}
-"""Forms of an answer, by the signs that ask for them."""
-FORMED = ("copy", "upper", "max")
-"""Skills of the base model whose answers are asked for in a form."""
+FORMS: Mapping[str, str] = {"star": "*{}*", "bars": "|{}|", "dots": "{}..."}
+"""Forms in which a word is to be written, by the word that asks for them."""
 
 
 def _sums(rng: random.Random) -> Row:
@@ -45,8 +42,8 @@ def _programs(rng: random.Random) -> Row:
 
 
 def _forms(rng: random.Random) -> Row:
-    form, row = rng.choice(list(FORMS)), tasks.draw(rng.choice(FORMED), rng)
-    return {"prompt": f"{row['prompt'].removesuffix(':')} {form}:", "answer": FORMS[form].format(row["answer"])}
+    form, word = rng.choice(list(FORMS)), "".join(rng.choices(string.ascii_lowercase, k=rng.randint(3, 5)))
+    return {"prompt": f"{form} {word}:", "answer": FORMS[form].format(word)}
 
 
 def _choices(rng: random.Random) -> Row:
