@@ -139,7 +139,6 @@ def begin(options: MiniatureOptions) -> None:
         OutputError: If the folder holds something else, or a miniature of another size.
     """
     sizes = {
-        "seeds": options.seeds,
         "train_rows": [options.learnt(name) for name in FAMILIES],
         "test_rows": options.test_rows,
     }
