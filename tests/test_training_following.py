@@ -16,7 +16,7 @@ pytest.importorskip("trl", reason="the extra train is not installed")
 pytest.importorskip("lm_eval", reason="the extra evaluate is not installed")
 
 DATA = world() / "data"
-FEW = "--ladder controls --steps 0 --permutations 0 --replays 0 --exact-rows 0 --keep-tokens 6"
+FEW = "--ladder controls --steps 0 --permutations 0 --replays 0 --exact-rows 0 --keep-tokens 6 --budget 5s"
 
 
 def beginning(name: str, count: int, folder: Path) -> Path:
@@ -31,7 +31,18 @@ def arguments(folder: Path, *more: str) -> list[str]:
     train, unseen = beginning("train", 64, folder), beginning("test", 64, folder)
     command = ["train", "--recipe", "math", "--model", str(world() / "base"), "--data", str(train), "--cpu"]
     command += ["--format", "prompt", "--max-length", "64", "--global-batch", "16", "--micro-batch", "16"]
-    command += ["--max-steps", "6", "--learning-rate", "3e-3", "--output", str(folder / "out"), "--then", "refine"]
+    command += [
+        "--max-steps",
+        "6",
+        "--learning-rate",
+        "3e-3",
+        "--modules",
+        "o_proj",
+        "--output",
+        str(folder / "out"),
+        "--then",
+        "refine",
+    ]
     return [*command, "--refine-data", str(unseen), *more]
 
 
