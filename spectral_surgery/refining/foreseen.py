@@ -35,7 +35,7 @@ def foreseen(job: Job) -> str:
     reshaped = 5 * len(RESHAPED_STRENGTHS)
     candidates = 2 + sum(strength < 1 for strength in STRENGTHS) + reshaped
     if options.ladder != "controls":
-        candidates += len(WEIGHTS) * 2 * len(STEP_SIZES)
+        candidates += 2 * len(STEP_SIZES)
     candidates += tuned * (len(WEIGHTS) * len(POWERS) + len(RATES))
     survivors = candidates if task.swapped else candidates * (RUNGS[0] + (1 - RUNGS[0]) / 2)
     scored = _tokens(task.validation.tokenized.examples) + _tokens(keep[1])

@@ -52,12 +52,9 @@ class Evidence:
     signed: bool
     """Whether the task rows' signs count."""
 
-    def pulls(self, weights: Sequence[float]) -> list[Pull]:
-        """Returns what the rows say, for each keep weight."""
-        return [
-            Pull(self.task, self.keep, self.task_term.scale, self.keep_term.scale, weight, self.signed)
-            for weight in weights
-        ]
+    def pull(self, weight: float) -> Pull:
+        """Returns what the rows say with this keep weight."""
+        return Pull(self.task, self.keep, self.task_term.scale, self.keep_term.scale, weight, self.signed)
 
     def terms(self, weight: float) -> list[Term]:
         """Returns what is minimised with this keep weight."""
@@ -108,7 +105,7 @@ def extent(options: RefineOptions, row_seconds: float, part_rows: int, step_seco
     for change in shrinking:
         least = {name: min(getattr(found, name), value) for name, value in change.items()}
         found = replace(found, **least)
-        tried = 25 + 23 * found.reshaped + 3 * found.weights + found.rates
+        tried = 17 + 23 * found.reshaped + 3 * found.weights + found.rates
         descents = (found.weights + found.rates) * options.steps * step_seconds
         scoring = row_seconds * (tried * part_rows * 0.6 + found.permutations * 96)
         if descents + scoring < options.seconds:
@@ -136,7 +133,7 @@ def ladder(
         found += of_paper(evidence.task, seed)
     margin = max(options.share, LEAST_MARGIN)
     weights = [round(margin * weight, 6) for weight in WEIGHTS]
-    found += single_steps(evidence.pulls(weights))
+    found += single_steps([evidence.pull(weights[0])])
     steps = Steps(count=options.steps, seed=seed)
     key = (steps, evidence.task.digests, evidence.keep.digests, evidence.task_term.scale, evidence.keep_term.scale)
     runs = size.weights + size.rates
