@@ -59,8 +59,8 @@ def directions_figure(adapters: Adapters) -> Figure:
     axes["b0"].set_ylabel(f"(b) overlap, k = {found[0].k}\nlayer")
     chance = curves[0].cosine_by_chance
     axes["c"].axhspan(chance.low, chance.high, color="0.88", zorder=0, label="99 % of chance")
-    axes["c"].set(xlabel="layer", ylim=(0, 1), title="(c) |cos| of o_proj with down_proj")
-    axes["c"].legend(frameon=False)
+    axes["c"].set(xlabel="layer", ylim=(0, 1), title="(c) o_proj with down_proj", ylabel="|cos|")
+    axes["c"].legend(frameon=False, loc=(0.3, chance.high + 0.02))
     figure.colorbar(image, ax=[axes[row[-2]] for row in rows], shrink=0.8)
     return figure
 
@@ -128,7 +128,7 @@ def _line(axis: Axes, counts: Sequence[int], gains: Sequence[Effect], place: int
 
 def _cross(axis: Axes, x: Effect, y: Effect, place: int, name: str) -> None:
     bars = [[[one.estimate - one.low], [one.high - one.estimate]] for one in (x.interval(), y.interval())]
-    look: Any = {"color": COLOURS[place % len(COLOURS)], "marker": MARKERS[place], "markersize": 5, "elinewidth": 0.8}
+    look: Any = {"color": (*COLOURS, "0.3")[place], "marker": MARKERS[place], "markersize": 5, "elinewidth": 0.8}
     errors: Any = {"xerr": _finite(np.array(bars[0])), "yerr": _finite(np.array(bars[1]))}
     axis.errorbar(100 * x.value, 100 * y.value, linestyle="none", label=name, **errors, **look)
 

@@ -1,4 +1,4 @@
-"""Twelve adapters trained by the paper's recipes and edited as in its tables, by ``train`` and ``sweep`` themselves.
+"""Adapters trained by the paper's recipes and edited as in its tables, by ``train`` and ``sweep`` themselves.
 
 A part is one adapter: a family and a training seed. Its folder holds ``adapter/`` and ``study/``, a sweep's folder
 like any other. Parts are independent, so several processes may work on them; each goes on where it was interrupted.
@@ -51,7 +51,7 @@ class MiniatureOptions:
 
     output: Path = Path("miniature")
     """Folder for adapters, studies, tables, figures and the page; an interrupted run goes on in it."""
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: tuple[int, ...] = (0, 1, 2, 3)
     """Training seeds: one adapter of every family for each."""
     train_rows: int | None = None
     """Rows that each adapter learns from; by default each task's own number."""

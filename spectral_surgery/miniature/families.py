@@ -4,7 +4,7 @@ Each is made of what the embedded base model can do already, in a combination th
 
 - ``sums`` for GSM8K: a sum and then its remainder by ten, both steps written: ``sum 12 30: 42 2``;
 - ``programs`` for HumanEval: two text operations one after the other: ``reverse abc upper: CBA``;
-- ``forms`` for IFEval: a word that must be written in an exact form: ``dots abc: abc...``;
+- ``forms`` for IFEval: a word that must be written in an exact form: ``zero abc: abc 000``;
 - ``choices`` for CommonsenseQA: which of two numbers is the larger or smaller, as the likelier letter.
 """
 
@@ -27,8 +27,8 @@ OPERATIONS: Mapping[str, Callable[[str], str]] = {
     "copy": str,
 }
 """The first operation of a program, and then letters are made large; all of them skills of the base model."""
-FORMS: Mapping[str, str] = {"dots": "{}...", "bang": "{}!", "ends": "{};"}
-"""Forms in which a word is to be written, by the word that asks for them."""
+FORMS: Mapping[str, str] = {"twin": "{0} {0}", "zero": "{} 000", "sign": "{} XX"}
+"""Forms in which a word is to be written, by the word that asks for them; the base model knows all the characters."""
 
 
 def _sums(rng: random.Random) -> Row:
@@ -69,7 +69,7 @@ class Family:
 FAMILIES: Mapping[str, Family] = {
     "sums": Family("GSM8K", "math", 320, _sums),
     "programs": Family("HumanEval", "code", 320, _programs),
-    "forms": Family("IFEval", "instruct", 480, _forms),
+    "forms": Family("IFEval", "instruct", 256, _forms),
     "choices": Family("CSQA", "commonsense", 400, _choices),
 }
 

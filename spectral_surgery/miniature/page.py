@@ -164,7 +164,7 @@ def _task_lines(options: MiniatureOptions) -> list[str]:
     examples = {
         "sums": "`sum 12 30:` `42 2`, the sum and its remainder by ten, greedy and exact",
         "programs": "`reverse abc upper:` `CBA`, greedy and exact",
-        "forms": "`dots abc:` `abc...`, greedy and exact",
+        "forms": "`zero abc:` `abc 000`, greedy and exact",
         "choices": "`Question: max`, `A. 312`, `B. 45`, `Answer:` `A`, the likelier letter",
     }
     return [
