@@ -90,8 +90,9 @@ def crossed(values: Float[np.ndarray, "seeds examples"]) -> Effect:
 
 
 def over_adapters(values: Float[np.ndarray, " adapters"]) -> Effect:
-    """Returns the mean of one value an adapter."""
-    return Effect(float(values.mean()), (_part(values),))
+    """Returns the mean of one value an adapter, those left out that have none (NaN)."""
+    values = values[~np.isnan(values)]
+    return Effect(float(values.mean()), (_part(values),)) if len(values) else Effect(math.nan, ((0.0, 0.0),))
 
 
 def _part(means: Float[np.ndarray, " n"]) -> tuple[float, float]:

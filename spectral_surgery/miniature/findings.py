@@ -7,6 +7,7 @@ paper's Table 3 mixes 32 and 128).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -323,6 +324,12 @@ def judge(scores: Scores, cells: Cells) -> list[Judged]:
     return found
 
 
+def _defined_mean(values: np.ndarray) -> float:
+    """Returns the mean of the layers in which both have a leading direction; NaN where none has."""
+    defined = values[~np.isnan(values)]
+    return float(defined.mean()) if len(defined) else math.nan
+
+
 def judge_directions(adapters: Sequence[Inspection]) -> list[Judged]:
     """Returns what Figure 1 claims, from every adapter's leading directions: mean less what chance gives."""
     matrices = [next(m for m in one.matrices if (m.group, m.side) == ("o_proj", "output")) for one in adapters]
@@ -339,7 +346,7 @@ def judge_directions(adapters: Sequence[Inspection]) -> list[Judged]:
         ),
         "o_proj and down_proj of a layer write in like directions.": (
             "mean |cos| over layers, less chance",
-            [float(np.nanmean(one.cosine)) - one.cosine_by_chance.mean for one in pairs],
+            [_defined_mean(one.cosine) - one.cosine_by_chance.mean for one in pairs],
         ),
     }
     found = []
