@@ -6,7 +6,7 @@ import math
 import textwrap
 from collections.abc import Mapping, Sequence
 
-from spectral_surgery.miniature.effects import AS_TRAINED, BASE_MODEL, Edit, Scores
+from spectral_surgery.miniature.effects import AS_TRAINED, BASE_MODEL, Edit, Effect, Scores
 from spectral_surgery.miniature.experiment import BATCH, LEARNING_RATE, MiniatureOptions
 from spectral_surgery.miniature.families import FAMILIES
 from spectral_surgery.miniature.findings import MARGIN, POLICIES, Cells, Judged, Verdict, matched, weakened
@@ -63,7 +63,7 @@ def tables(scores: Scores, cells: Cells, options: MiniatureOptions) -> list[Tabl
 def _table(title: str, scores: Scores, edits: Mapping[str, Edit], note: str) -> Table:
     families = scores.families()
     rows = [
-        [name, *(interval_text(scores.score(family, edit).interval(), sign=False) for family in families)]
+        [name, *(interval_text(_share(scores.score(family, edit)), sign=False) for family in families)]
         for name, edit in {"base": BASE_MODEL, "unedited": AS_TRAINED}.items()
     ]
     for name, edit in edits.items():
@@ -71,6 +71,12 @@ def _table(title: str, scores: Scores, edits: Mapping[str, Edit], note: str) -> 
         rows += [[name, *there]] if any(there) else []
     header = ["", *(f"{family} ({FAMILIES[family].benchmark})" for family in families)]
     return Table(title, header, rows, f"Percent right; of edits with the difference from unedited. {note}.", left=1)
+
+
+def _share(score: Effect) -> Interval:
+    """Returns a score's interval within what a share can be."""
+    found = score.interval()
+    return Interval(found.estimate, max(found.low, 0.0), min(found.high, 1.0))
 
 
 def _cell(scores: Scores, family: str, edit: Edit) -> str:
