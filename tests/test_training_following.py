@@ -31,18 +31,8 @@ def arguments(folder: Path, *more: str) -> list[str]:
     train, unseen = beginning("train", 64, folder), beginning("test", 64, folder)
     command = ["train", "--recipe", "math", "--model", str(world() / "base"), "--data", str(train), "--cpu"]
     command += ["--format", "prompt", "--max-length", "64", "--global-batch", "16", "--micro-batch", "16"]
-    command += [
-        "--max-steps",
-        "6",
-        "--learning-rate",
-        "3e-3",
-        "--modules",
-        "o_proj",
-        "--output",
-        str(folder / "out"),
-        "--then",
-        "refine",
-    ]
+    command += ["--max-steps", "6", "--learning-rate", "3e-3", "--modules", "o_proj"]
+    command += ["--output", str(folder / "out"), "--then", "refine"]
     return [*command, "--refine-data", str(unseen), *more]
 
 
@@ -55,9 +45,8 @@ def test_one_command_trains_measures_refines_and_scores(tmp_path: Path, capsys: 
     verdict = json.loads((refined / "verdict.json").read_text(encoding="utf-8"))
     assert (refined / "report.html").is_file()
     sensitivities = refined / "sensitivities.safetensors"
-    assert (
-        main(["edit", str(tmp_path / "out"), "--sensitivities", str(sensitivities), "--output", f"{tmp_path}/e"]) == 0
-    )
+    edit = ["edit", str(tmp_path / "out"), "--policy", "smooth_abs", "--sensitivity", str(sensitivities)]
+    assert main([*edit, "--output", str(tmp_path / "edited")]) == 0
 
     rows = (refined / then.TEST_ROWS).read_text(encoding="utf-8").splitlines()
     unseen = (tmp_path / "test.jsonl").read_text(encoding="utf-8")
