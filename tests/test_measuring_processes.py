@@ -30,4 +30,6 @@ def test_two_processes_measure_what_one_does(tmp_path: Path, examples: str, pack
     assert one.digests == two.digests
     np.testing.assert_allclose(two.losses, one.losses, rtol=1e-6)
     for path, module in one.modules.items():
-        np.testing.assert_allclose(two.modules[path].gate_gradient, module.gate_gradient, rtol=1e-5, atol=1e-9)
+        # Packed rows are summed in another order, which float32 shows where terms cancel.
+        rounding = 1e-6 * np.abs(module.gate_gradient).max()
+        np.testing.assert_allclose(two.modules[path].gate_gradient, module.gate_gradient, rtol=1e-5, atol=rounding)
