@@ -36,6 +36,8 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = "osD^vPX*"
 LEAST = 0.055
 """Half the side of Figure 3 at least, as the paper draws it."""
+LEGEND_ENTRY = 1.4
+"""Inches that one entry of a legend above the panels takes."""
 MOST = 8
 """Panels of one figure at most."""
 
@@ -184,7 +186,8 @@ def bars_figure(runs: Sequence[Run], view: View, axis: Axis) -> Figure | None:
                     places.append(place + (number - (len(found) - 1) / 2) * width)
                     heights.append(value - unedited)
             colour, hatch = COLOURS[number % len(COLOURS)], ("", "///", "...", "xxx")[number % 4]
-            panel.bar(places, heights, width * 0.92, color=colour, hatch=hatch, edgecolor="white", label=level)
+            if places:  # bars without any would stand in the legend in another colour
+                panel.bar(places, heights, width * 0.92, color=colour, hatch=hatch, edgecolor="white", label=level)
         panel.axhline(0, color="0.3", linewidth=0.8)
         panel.set_xticks(range(len(policies)), [name.replace("_", "\n", 1) for name in policies])
         panel.set_title(" ".join(cell))
@@ -207,4 +210,6 @@ def _shared_legend(figure: Figure, grid: Sequence[Axes]) -> None:
     handles: dict[str, Any] = {}
     for axis in grid:
         handles |= {str(label): handle for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles.keys(), frameon=False, loc="outside upper center", ncols=len(handles))
+    fitting = max(1, round(figure.get_figwidth() / LEGEND_ENTRY))
+    columns = min(len(handles), fitting)
+    figure.legend(handles.values(), handles.keys(), frameon=False, loc="outside upper center", ncols=columns)
