@@ -38,15 +38,19 @@ SCRIPT = textwrap.dedent(
             raise RunError("one row is bad")
         return share
 
+    def say(what):
+        # In one write: launched unbuffered, both processes have the same pipe.
+        print(f"{me} {what}\\n", end="", flush=True)
+
     for work in (lambda: processes.dealt([0, 1], fails), lambda: processes.of_first(lambda: 1 / 0)):
         try:
             work()
         except (RunError, ZeroDivisionError) as error:
-            print(f"{me} {type(error).__name__}: {error}", flush=True)
+            say(f"{type(error).__name__}: {error}")
     try:
         processes.check("cuda:0", None)
     except InputError as error:
-        print(f"{me} {error}", flush=True)
+        say(error)
     processes.check("cpu", None)
     if me:
         raise SystemExit(7)
