@@ -81,8 +81,8 @@ def thin_svd(update: LowRank) -> Spectrum:
 
 
 def singular_values(update: LowRank) -> Float[Tensor, " k"]:
-    """Returns the singular values of ``B A`` alone, as :func:`thin_svd` has them."""
-    R_out, R_in = (torch.linalg.qr(_columns(factor), mode="r").R for factor in (update.B, update.A.T))
+    """Returns the singular values of ``B A`` alone, as :func:`thin_svd` has them, to ten digits."""
+    R_out, R_in = (_triangle(exact(factor))[0] for factor in (update.B, update.A.T))
     return torch.linalg.svdvals(R_out @ R_in.T)
 
 
@@ -93,29 +93,46 @@ def edited_factor(
 
     ``B' = B - U diag(1 - gates) U^T B``: with the same A, the update becomes ``U diag(gates S) Vh``; or its mirror,
     ``A' = A - A Vh^T diag(1 - gates) Vh``. With ``B = Q R`` and ``U = Q u`` the change is
-    ``Q u diag(1 - gates) u^T R``, one product of a long matrix. Where every gate is one the factor is the stored
-    tensor itself, same object and dtype.
+    ``Q u diag(1 - gates) u^T R``, and ``Q = B R^-1`` where R says so: one product of a long matrix. Where every gate
+    is one the factor is the stored tensor itself, same object and dtype.
     """
     stored, other = (update.B, update.A.T) if update.side == "B" else (update.A.T, update.B)
-    columns = _columns(stored)
-    Q, R = torch.linalg.qr(columns)
-    u, S, _ = torch.linalg.svd(R @ torch.linalg.qr(_columns(other), mode="r").R.T, full_matrices=False)
+    columns = exact(stored)
+    R, inverse = _triangle(columns)
+    u, S, _ = torch.linalg.svd(R @ _triangle(exact(other))[0].T, full_matrices=False)
     edited = torch.from_numpy(gates != 1)
     if not edited.any():
         return update.stored, S
     u, removed = u[:, edited], torch.from_numpy(1 - np.asarray(gates, dtype=np.float64))[edited]
-    rows = columns.T - (u @ (removed[:, None] * (u.T @ R))).T @ Q.T
-    return rows.T if update.side == "B" else rows, S
+    change = u @ (removed[:, None] * (u.T @ R))
+    if inverse is None:
+        rows = columns - torch.linalg.qr(columns).Q @ change
+    else:
+        rows = columns @ (torch.eye(len(R), dtype=R.dtype) - inverse @ change)
+    return rows if update.side == "B" else rows.T, S
 
 
-def _columns(factor: Float[Tensor, "rows r"]) -> Float[Tensor, "rows r"]:
-    """Returns a factor in float64, column after column in memory, as LAPACK would copy it otherwise."""
-    return exact(factor.T.contiguous()).T
+CONDITION = 1e3
+"""Condition number up to which a factor's Gram matrix tells its R to ten digits (2.2e-16 times its square)."""
 
 
-def update_norm(B: Float[Tensor, "out r"], A: Float[Tensor, "r in"]) -> float:
-    """Returns the Frobenius norm of ``B A`` from the two r x r Gram matrices."""
-    B, A = exact(B), exact(A)
+def _triangle(columns: Float[Tensor, "rows r"]) -> tuple[Float[Tensor, "m r"], Float[Tensor, "r r"] | None]:
+    """Returns R of ``columns = Q R`` and its inverse.
+
+    By Cholesky of the Gram matrix, which reads a long factor once; by Householder, and without an inverse, where its
+    condition number is above :data:`CONDITION`.
+    """
+    R, failed = torch.linalg.cholesky_ex(columns.T @ columns, upper=True)
+    if not failed:
+        inverse = torch.linalg.solve_triangular(R, torch.eye(len(R), dtype=R.dtype), upper=True)
+        if R.norm() * inverse.norm() <= CONDITION:
+            return R, inverse
+    return torch.linalg.qr(columns, mode="r").R, None
+
+
+def update_norm(B: Float[Tensor, "out r"], A: Float[Tensor, "r in"], dtype: torch.dtype = torch.float64) -> float:
+    """Returns the Frobenius norm of ``B A`` from the two r x r Gram matrices, computed in ``dtype``."""
+    B, A = (factor.detach().to("cpu", dtype) for factor in (B, A))
     return math.sqrt(max(float(((B.T @ B) * (A @ A.T)).sum()), 0.0))
 
 

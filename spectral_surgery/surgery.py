@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -113,9 +114,14 @@ def distance(update: LowRank, wanted: LowRank) -> float:
 
 
 def _difference_norm(update: LowRank, wanted: Tensor) -> float:
-    """Returns the Frobenius norm of what an update lacks to be the one with another edited factor."""
-    missing = exact(wanted) - update.stored.detach().cpu()
-    return update_norm(missing, update.A) if update.side == "B" else update_norm(update.B, missing)
+    """Returns the Frobenius norm of what an update lacks to be the one with another edited factor, to six digits."""
+    missing = exact(wanted) - exact(update.stored)
+    largest = float(missing.abs().max()) if missing.numel() else 0.0
+    if not largest:
+        return 0.0
+    missing = (missing / largest).float()
+    pair = (missing, update.A) if update.side == "B" else (update.B, missing)
+    return largest * update_norm(*pair, dtype=torch.float32)
 
 
 def spectra(updates: Mapping[str, LowRank]) -> dict[str, Spectrum]:

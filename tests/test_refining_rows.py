@@ -30,7 +30,7 @@ def wrote(path: Path, count: int, *, start: int = 0, answer: str = "yes", **colu
 
 
 def read(adapter: Adapter, data: str | None = None, train: str | None = None, **changes: object) -> TaskRows:
-    return task_rows(data, train, DataOptions(**changes), tiny.tokenizer(), adapter)  # type: ignore[arg-type]
+    return task_rows(data, train, DataOptions(**changes), tiny.tokenizer(), adapter.folder)  # type: ignore[arg-type]
 
 
 def digests(*parts: object) -> list[set[str]]:
@@ -122,7 +122,7 @@ def test_seen_rows_alone_take_the_place_of_unseen_ones(tmp_path: Path, adapter: 
 
 def test_rows_without_a_word_count_as_seen_until_they_are_guessed_about(tmp_path: Path, adapter: Adapter) -> None:
     rows = wrote(tmp_path / "rows.jsonl", 90)
-    found = task_rows(None, None, DataOptions(), tiny.tokenizer(), adapter, rows)
+    found = task_rows(None, None, DataOptions(), tiny.tokenizer(), adapter.folder, rows)
     assert (found.said, found.seen_only, found.seen, found.source) == (False, True, None, rows)
     assert [len(part) for part in (found.measuring, found.validation, found.test)] == [30, 30, 30]
     assert read(adapter, rows).said
@@ -180,7 +180,7 @@ def skills(path: Path, count: int) -> str:
 def test_other_skills_are_three_parts_with_every_category(tmp_path: Path, adapter: Adapter) -> None:
     task = read(adapter, wrote(tmp_path / "rows.jsonl", 60))
     options = RefineOptions(keep=skills(tmp_path / "keep.jsonl", 90))
-    parts = keep_rows(options, DataOptions(), task, tiny.tokenizer(), adapter)
+    parts = keep_rows(options, DataOptions(), task, tiny.tokenizer(), adapter.folder)
     assert [len(part.rows) for part in parts] == [30, 30, 30]
     assert all(sorted(part.categories) == ["x"] * 10 + ["y"] * 10 + ["z"] * 10 for part in parts)
     assert len(set.union(*digests(*parts))) == 90
@@ -190,11 +190,11 @@ def test_too_few_other_skills_are_said_after_those_of_the_task_are_left_out(tmp_
     task = read(adapter, wrote(tmp_path / "rows.jsonl", 60))
     options = RefineOptions(keep=skills(tmp_path / "keep.jsonl", FEWEST - 1))
     with pytest.raises(DataError, match=r"has 59 different rows or prompts .* expected at least 60"):
-        keep_rows(options, DataOptions(), task, tiny.tokenizer(), adapter)
+        keep_rows(options, DataOptions(), task, tiny.tokenizer(), adapter.folder)
     both = tmp_path / "both.jsonl"
     both.write_text(Path(options.keep).read_text() + (tmp_path / "rows.jsonl").read_text())
     with pytest.raises(DataError, match="that do not resemble the task"):
-        keep_rows(RefineOptions(keep=str(both)), DataOptions(), task, tiny.tokenizer(), adapter)
+        keep_rows(RefineOptions(keep=str(both)), DataOptions(), task, tiny.tokenizer(), adapter.folder)
 
 
 # -- options ----------------------------------------------------------------------------------------------------------

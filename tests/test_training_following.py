@@ -66,6 +66,8 @@ def test_what_cannot_follow_is_refused_before_the_training(tmp_path: Path, capsy
     assert "none.jsonl" in capsys.readouterr().err
     assert main(arguments(tmp_path, "--refine-options=--steps=-1")) == 2
     assert "--steps is -1" in capsys.readouterr().err
+    assert main(arguments(tmp_path, "--refine-options=--keep none.jsonl")) == 2
+    assert "none.jsonl" in capsys.readouterr().err
     (tmp_path / "out-evaluation").mkdir()
     assert main(arguments(tmp_path)) == 2
     assert "out-evaluation exists, where the scores would go" in capsys.readouterr().err

@@ -77,7 +77,7 @@ def test_then_refine_runs_the_command_that_is_named(
     ran: list[Refine] = []
     monkeypatch.setattr("spectral_surgery.cli.train.refine_and_evaluate", lambda refine, suite: ran.append(refine))
     unseen = base.parent / "unseen.jsonl"
-    unseen.write_text("".join(json.dumps(row) + "\n" for row in tiny.rows(14)[10:]), encoding="utf-8")
+    unseen.write_text("".join(json.dumps(row) + "\n" for row in tiny.rows(90)[10:]), encoding="utf-8")
     more = ["--micro-batch", "4", "--max-steps", "1", "--then", "refine", "--refine-data", str(unseen)]
     more += ["--refine-options=--ladder controls"]
     assert main(arguments(base, "out", *more)) == 0
@@ -96,7 +96,10 @@ def test_rows_to_refine_on_must_not_be_among_the_training_rows(base: Path, capsy
     assert main(arguments(base, "out", *more)) == 2
     assert "2 of the 5 rows of" in capsys.readouterr().err
     assert not (base.parent / "out").exists()
-    assert main(arguments(base, "out", "--micro-batch", "4", "--then", "refine", "--method", "speclora")) == 2
+    few = ["--micro-batch", "4", "--then", "refine"]
+    assert main(arguments(base, "out", *few)) == 2
+    assert "10 different rows, expected at least 60" in capsys.readouterr().err
+    assert main(arguments(base, "out", *few, "--method", "speclora")) == 2
     assert "--then refine takes adapters of one low-rank update" in capsys.readouterr().err
 
 

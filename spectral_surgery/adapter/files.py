@@ -14,6 +14,7 @@ from torch import Tensor
 
 from spectral_surgery.adapter.saving import is_ours
 from spectral_surgery.errors import AdapterError
+from spectral_surgery.threads import each
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -162,13 +163,19 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
-    """Returns the sha256 of names, dtypes, shapes and bytes of all tensors: the same for .bin and safetensors."""
-    total = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        total.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
-        total.update(tensor.view(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
-    return total.hexdigest()
+    """Returns the sha256 of every tensor's own, which covers name, dtype, shape and bytes.
+
+    It is the same for .bin and safetensors, and tensors are hashed side by side.
+    """
+    return hashlib.sha256(b"".join(each(_hash, sorted(tensors.items())))).hexdigest()
+
+
+def _hash(named: tuple[str, Tensor]) -> bytes:
+    name, tensor = named
+    tensor = tensor.detach().cpu().contiguous()
+    found = hashlib.sha256(f"{name}:{tensor.dtype}:{tuple(tensor.shape)};".encode())
+    found.update(tensor.view(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
+    return found.digest()
 
 
 def companions(folder: Path) -> list[Path]:

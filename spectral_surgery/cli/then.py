@@ -29,20 +29,31 @@ def evaluation_folder(folder: Path) -> Path:
     return folder.parent / f"{folder.name}-evaluation"
 
 
-def check_following(folders: Sequence[Path], tokenizer: Any, unseen: str | None, suite: str | None) -> None:
+def check_following(refines: Sequence[Refine], tokenizer: Any, suite: str | None) -> None:
     """Checks, before anything is trained, what can be known of refining and scoring.
 
+    Args:
+        refines: The commands that refine, of each adapter that will be trained.
+        tokenizer: The base model's.
+        suite: What is scored, where it is not the rows of the verdict.
+
     Raises:
-        InputError: If a package is missing or the suite cannot be scored.
+        InputError: If options or rows are wrong, a package is missing or the suite cannot be scored.
         OutputError: If a folder to be written is there already.
     """
+    from spectral_surgery.refining.job import read
+
+    first = refines[0]
+    first.options.check()
+    read(first.data, first.train_data, first.task_data, first.options, first.rows, tokenizer, first.batching)
+    unseen = first.data
     if (unseen or suite) and importlib.util.find_spec("lm_eval") is None:
         raise InputError(
             "--then refine scores with lm-evaluation-harness. Install it with: "
             "pip install 'spectral-surgery[train,evaluate]'."
         )
-    for folder in folders:
-        if (there := evaluation_folder(folder)).exists():
+    for refine in refines:
+        if (there := evaluation_folder(Path(refine.adapter))).exists():
             raise OutputError(f"{there} exists, where the scores would go. Move it away, or choose another --output.")
     if suite:
         from spectral_surgery.evaluating.suite import SuiteOptions, prepare_suite

@@ -54,10 +54,8 @@ class Train(Command, TrainOptions):
         if self.refine_data:
             check_unseen(prepared, self.refine_data)
         if self.then == "refine":
-            folders = [self.folder(seed) for seed in self.schedule.seeds]
-            for folder in folders:
-                self._refine(prepared, folder).options.check()
-            check_following(folders, prepared.tokenizer, self.refine_data, self.evaluate_suite)
+            refines = [self._refine(prepared, self.folder(seed)) for seed in self.schedule.seeds]
+            check_following(refines, prepared.tokenizer, self.evaluate_suite)
         if prepared.processes.first:
             print(described(prepared))
         if self.dry_run:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spectral_surgery import __version__, processes
@@ -126,9 +127,7 @@ def prepare(
     paths = select(adapter.updates, selection)
     config = load_config(adapter, model)
     tokenizer = load_tokenizer(adapter, model)
-    task = task_rows(data, train_data, rows, tokenizer, adapter, task_data)
-    objective = _objective(options, task, batching)
-    keep = keep_rows(options, rows, task, tokenizer, adapter)
+    task, objective, keep = read(data, train_data, task_data, options, rows, tokenizer, batching, adapter.folder)
     chat = any(row.templated for row in task.measuring.examples)
     check = prepare_check(options, tokenizer, config, adapter, chat=chat)
     others(adapter, options.also)
@@ -152,6 +151,27 @@ def prepare(
         objective=objective,
         check=check,
     )
+
+
+def read(
+    data: str | None,
+    train_data: str | None,
+    task_data: str | None,
+    options: RefineOptions,
+    rows: DataOptions,
+    tokenizer: Any,
+    batching: BatchOptions,
+    folder: Path | None = None,
+) -> tuple[TaskRows, Objective, tuple[Keep, Keep, Keep]]:
+    """Returns the rows of the task, what it is scored by, and the rows of other skills.
+
+    All of it needs no adapter; only the chat template in its ``folder`` comes first where there is one.
+
+    Raises:
+        InputError: What is wrong with the rows, or with the objective on them.
+    """
+    task = task_rows(data, train_data, rows, tokenizer, folder, task_data)
+    return task, _objective(options, task, batching), keep_rows(options, rows, task, tokenizer, folder)
 
 
 def _objective(options: RefineOptions, task: TaskRows, batching: BatchOptions) -> Objective:

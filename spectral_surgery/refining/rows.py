@@ -10,9 +10,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from spectral_surgery.adapter import Adapter
 from spectral_surgery.calibration import hash_order, load_examples, preview, split_examples, tokenize
 from spectral_surgery.errors import DataError
 from spectral_surgery.formats import DataOptions, Example
@@ -60,7 +60,7 @@ def task_rows(
     train_data: str | None,
     options: DataOptions,
     tokenizer: Any,
-    adapter: Adapter,
+    folder: Path | None,
     task_data: str | None = None,
 ) -> TaskRows:
     """Returns the task's rows, read and divided by content hash.
@@ -70,19 +70,19 @@ def task_rows(
         train_data: Rows that it was trained on.
         options: How they are read.
         tokenizer: The base model's.
-        adapter: The adapter.
+        folder: The adapter's folder, whose chat template comes first, or None.
         task_data: Rows of which the user does not say whether it was.
 
     Raises:
         DataError: If there are none or too few, or a row is given both as seen and as unseen.
     """
     _check_named(data, train_data, task_data)
-    unseen = _read(data, options, tokenizer, adapter) if data else []
-    seen = _read(train_data, options, tokenizer, adapter) if train_data else []
+    unseen = load_examples(data, options, tokenizer, folder) if data else []
+    seen = load_examples(train_data, options, tokenizer, folder) if train_data else []
     _check_apart(unseen, seen, data, train_data)
     rows, source = (unseen, data) if data else (seen, train_data)
     if task_data:
-        rows, source = _read(task_data, options, tokenizer, adapter), task_data
+        rows, source = load_examples(task_data, options, tokenizer, folder), task_data
     count = len(hash_order(rows, options.seed))
     if count < FEWEST:
         raise DataError(
@@ -132,10 +132,6 @@ def _check_named(data: str | None, train_data: str | None, task_data: str | None
         )
 
 
-def _read(source: str, options: DataOptions, tokenizer: Any, adapter: Adapter) -> list[Example]:
-    return load_examples(source, options, tokenizer, adapter.folder)
-
-
 def _check_apart(unseen: Sequence[Example], seen: Sequence[Example], data: str | None, train_data: str | None) -> None:
     both = {row.digest for row in unseen} & {row.digest for row in seen}
     if both:
@@ -149,7 +145,7 @@ def _check_apart(unseen: Sequence[Example], seen: Sequence[Example], data: str |
 
 
 def keep_rows(
-    options: RefineOptions, rows: DataOptions, task: TaskRows, tokenizer: Any, adapter: Adapter
+    options: RefineOptions, rows: DataOptions, task: TaskRows, tokenizer: Any, folder: Path | None
 ) -> tuple[Keep, Keep, Keep]:
     """Returns the rows or prompts of other skills: to measure on, to choose on, to test on.
 
@@ -162,7 +158,7 @@ def keep_rows(
         options.keep,
         DataOptions(seed=rows.seed, max_length=rows.max_length),
         tokenizer,
-        adapter.folder,
+        folder,
         examples,
         chat=chat,
         category_column=options.keep_category_column,

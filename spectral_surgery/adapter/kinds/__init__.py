@@ -38,6 +38,7 @@ from spectral_surgery.adapter.kinds.kind import (
 )
 from spectral_surgery.errors import AdapterError, combine
 from spectral_surgery.spectrum import finite
+from spectral_surgery.threads import each
 
 KINDS: tuple[Kind, ...] = (
     adalora.KIND,
@@ -112,7 +113,10 @@ def _check_claims(tensors: Mapping[str, Tensor], claimed: set[str]) -> None:
             f"The adapter has {len(tensors)} tensors and none is a LoRA factor. Expected names such as "
             f"base_model.model.model.layers.0.self_attn.o_proj.lora_A.weight."
         )
-    if bad := [name for name, tensor in tensors.items() if tensor.dtype in DTYPES and not finite(tensor)]:
+    numbers = {name: tensor for name, tensor in tensors.items() if tensor.dtype in DTYPES}
+    if bad := [name for name, sound in zip(numbers, each(finite, numbers.values()), strict=True) if not sound]:
+        count = int((~tensors[bad[0]].isfinite()).sum())
         raise AdapterError(
-            f"{bad[0]} has values that are not finite. The training diverged; go back to an earlier checkpoint."
+            f"{bad[0]} has {count} values that are not finite. The training diverged; "
+            f"go back to an earlier checkpoint."
         )

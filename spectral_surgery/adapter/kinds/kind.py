@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from spectral_surgery.adapter.config import AdapterConfig
-from spectral_surgery.spectrum import LowRank, finite
+from spectral_surgery.spectrum import LowRank
 
 PREFIX = "base_model.model."
 NAME = re.compile(
@@ -83,7 +83,11 @@ class Stored:
             tensors: The file's tensors, which are not touched.
             changed: Tensors changed so far: experts share theirs.
         """
-        for slot in self.slots:
+        for number, slot in enumerate(self.slots):
+            if slot.view is whole:
+                factor = update.stored.contiguous()
+                changed[slot.name] = factor.clone() if number else factor  # tied tensors share no memory in a file
+                continue
             if slot.name not in changed:
                 changed[slot.name] = tensors[slot.name].clone(memory_format=torch.contiguous_format)
             slot.view(changed[slot.name]).copy_(update.stored)
@@ -205,7 +209,7 @@ def reseated(found: Mapping[str, Stored], seat: Seat) -> dict[str, Stored]:
 def pair_faults(
     config: AdapterConfig, module: Module, roles: tuple[str, str] = ("A", "B"), ndim: int | None = 2
 ) -> Iterator[str]:
-    """Yields what is wrong with two factors: missing, of other shapes or ranks than expected, not finite.
+    """Yields what is wrong with two factors: missing, of other shapes or ranks than expected, of an unusable dtype.
 
     Args:
         config: The configuration, for the rank.
@@ -237,18 +241,10 @@ def pair_faults(
 
 
 def number_faults(module: Module, roles: tuple[str, ...]) -> Iterator[str]:
-    """Yields which of these tensors are missing, of an unusable dtype or not finite."""
+    """Yields which of these tensors are missing or of an unusable dtype."""
     for role in roles:
         if role not in module:
             yield f"{module.path}: lora_{role} is missing. The file is incomplete; save the adapter again."
             continue
-        factor = module[role]
-        if factor.dtype not in DTYPES:
-            yield (
-                f"{module.path}: lora_{role} has dtype {factor.dtype}, expected one of {', '.join(map(str, DTYPES))}."
-            )
-        elif not finite(factor):
-            yield (
-                f"{module.path}: lora_{role} has {int((~factor.isfinite()).sum())} values that are not finite. "
-                f"The training diverged; go back to an earlier checkpoint."
-            )
+        if (dtype := module[role].dtype) not in DTYPES:
+            yield f"{module.path}: lora_{role} has dtype {dtype}, expected one of {', '.join(map(str, DTYPES))}."
