@@ -64,6 +64,8 @@ def test_one_command_trains_measures_refines_and_scores(tmp_path: Path, capsys: 
 def test_what_cannot_follow_is_refused_before_the_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments(tmp_path, "--evaluate-suite", str(tmp_path / "none.jsonl"))) == 2
     assert "none.jsonl" in capsys.readouterr().err
+    assert main(arguments(tmp_path, "--evaluate-suite", "humaneval")) == 2
+    assert "Pass --confirm-run-unsafe-code" in capsys.readouterr().err
     assert main(arguments(tmp_path, "--refine-options=--steps=-1")) == 2
     assert "--steps is -1" in capsys.readouterr().err
     assert main(arguments(tmp_path, "--refine-options=--keep none.jsonl")) == 2

@@ -75,7 +75,9 @@ def test_then_refine_runs_the_command_that_is_named(
     base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ran: list[Refine] = []
-    monkeypatch.setattr("spectral_surgery.cli.train.refine_and_evaluate", lambda refine, suite: ran.append(refine))
+    monkeypatch.setattr(
+        "spectral_surgery.cli.train.refine_and_evaluate", lambda refine, suite, unsafe: ran.append(refine)
+    )
     unseen = base.parent / "unseen.jsonl"
     unseen.write_text("".join(json.dumps(row) + "\n" for row in tiny.rows(90)[10:]), encoding="utf-8")
     more = ["--micro-batch", "4", "--max-steps", "1", "--then", "refine", "--refine-data", str(unseen)]

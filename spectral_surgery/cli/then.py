@@ -29,13 +29,14 @@ def evaluation_folder(folder: Path) -> Path:
     return folder.parent / f"{folder.name}-evaluation"
 
 
-def check_following(refines: Sequence[Refine], tokenizer: Any, suite: str | None) -> None:
+def check_following(refines: Sequence[Refine], tokenizer: Any, suite: str | None, *, unsafe: bool) -> None:
     """Checks, before anything is trained, what can be known of refining and scoring.
 
     Args:
         refines: The commands that refine, of each adapter that will be trained.
         tokenizer: The base model's.
         suite: What is scored, where it is not the rows of the verdict.
+        unsafe: Whether the user agreed to run code that the model writes.
 
     Raises:
         InputError: If options or rows are wrong, a package is missing or the suite cannot be scored.
@@ -58,15 +59,16 @@ def check_following(refines: Sequence[Refine], tokenizer: Any, suite: str | None
     if suite:
         from spectral_surgery.evaluating.suite import SuiteOptions, prepare_suite
 
-        prepare_suite(SuiteOptions(suite=suite), tokenizer)
+        prepare_suite(SuiteOptions(suite=suite, confirm_run_unsafe_code=unsafe), tokenizer)
 
 
-def refine_and_evaluate(refine: Refine, suite: str | None) -> None:
+def refine_and_evaluate(refine: Refine, suite: str | None, *, unsafe: bool = False) -> None:
     """Refines an adapter, then scores base, unedited and (where it won) refined.
 
     Args:
         refine: The command, with the adapter and the folder to write to.
         suite: What is scored; without it the rows that the verdict was made on.
+        unsafe: Whether the user agreed to run code that the model writes.
     """
     print(f"\nRefining {refine.adapter}; verdict and report go to {refine.output}.")
     refine.run()
@@ -79,6 +81,7 @@ def refine_and_evaluate(refine: Refine, suite: str | None) -> None:
     names = [str(refined), "--against", refine.adapter] if refined.exists() else [refine.adapter]
     command = ["spectral-surgery", "evaluate", *names, "--suite", scored]
     command += ["--output", str(evaluation_folder(Path(refine.adapter))), *_loading(refine)]
+    command += ["--confirm-run-unsafe-code"] * unsafe
     print(f"\n{shlex.join(command)}")
     _parsed(command).run()
 

@@ -40,6 +40,8 @@ class Train(Command, TrainOptions):
     evaluate_suite: str | None = None
     """With --then refine: tasks or files of rows to score in, as for evaluate; by default those rows of --refine-data
     that the verdict was made on."""
+    confirm_run_unsafe_code: bool = False
+    """Agree that humaneval in --evaluate-suite runs the code that the model writes, on this machine."""
     dry_run: bool = False
     """Check everything and say what would be done, without loading the base model's weights."""
 
@@ -55,7 +57,7 @@ class Train(Command, TrainOptions):
             check_unseen(prepared, self.refine_data)
         if self.then == "refine":
             refines = [self._refine(prepared, self.folder(seed)) for seed in self.schedule.seeds]
-            check_following(refines, prepared.tokenizer, self.evaluate_suite)
+            check_following(refines, prepared.tokenizer, self.evaluate_suite, unsafe=self.confirm_run_unsafe_code)
         if prepared.processes.first:
             print(described(prepared))
         if self.dry_run:
@@ -70,7 +72,8 @@ class Train(Command, TrainOptions):
                 print(finished(prepared, each, self.refine_data))
                 if self.then == "refine":
                     with processes.alone():
-                        refine_and_evaluate(self._refine(prepared, each.folder), self.evaluate_suite)
+                        command = self._refine(prepared, each.folder)
+                        refine_and_evaluate(command, self.evaluate_suite, unsafe=self.confirm_run_unsafe_code)
 
     def _refine(self, prepared: Prepared, folder: Path) -> Refine:
         """Returns the command that refines a trained adapter, as :func:`next_commands` spells it."""

@@ -122,7 +122,10 @@ def prepare_suite(
             faults.append(str(fault))
     unsafe = [name for name, task in tasks.items() if getattr(task, "UNSAFE_CODE", False) and name != "humaneval"]
     if unsafe and not options.confirm_run_unsafe_code:
-        faults.append(f"{unsafe[0]} runs code that the model writes. Pass --confirm-run-unsafe-code, or leave it out.")
+        faults.append(
+            f"{unsafe[0]} runs code that the model writes. Pass --confirm-run-unsafe-code (in a study: "
+            f"confirm_run_unsafe_code = true under [suite]), or leave it out."
+        )
     faults += [
         f"--local-data is given for {data.task}, which is not in --suite."
         for data in context.local

@@ -83,7 +83,8 @@ def check_consent(confirmed: bool) -> None:
     if not confirmed:
         raise InputError(
             "humaneval runs the code that the model writes, on this machine and with your rights. Pass "
-            "--confirm-run-unsafe-code, best inside a container, or leave humaneval out of --suite."
+            "--confirm-run-unsafe-code (in a study: confirm_run_unsafe_code = true under [suite]), best inside a "
+            "container, or leave humaneval out."
         )
 
 
