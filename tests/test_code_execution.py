@@ -63,7 +63,7 @@ def test_a_program_that_wants_too_much_memory_or_disk_fails() -> None:
     limits = Limits(memory_bytes=1 << 30, file_bytes=1 << 16)
     found = check_programs([big, long], limits=limits)
     assert [outcome.passed for outcome in found] == [False, False]
-    assert check_programs([big, long], limits=Limits(seconds=30))[0].passed
+    assert check_programs([big, long], limits=Limits(seconds=30.0))[0].passed
 
 
 def test_a_program_does_not_reach_the_network_where_the_system_lets_it_leave(
