@@ -13,10 +13,6 @@ Medians over rounds. The sensitivities of both ways are held against each other:
 tokens, so ours are weighted so for the comparison. On a CPU the time is the process's own, which a busy machine
 stretches less; ``--wall`` takes the clock's.
 
-Then K candidates are scored, by switching gates and by writing the edited adapter, merging it into the base, saving
-and loading the whole model; and the switching alone is timed, also for an adapter of Llama-3.1-8B's size on a base
-that is only shapes.
-
 ``--profile`` says instead where the time of ``ours`` goes. The profiler stretches it, Python above all.
 """
 
@@ -25,7 +21,6 @@ from __future__ import annotations
 import json
 import platform
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -36,11 +31,10 @@ from unittest.mock import patch
 import numpy as np
 import torch
 import tyro
-from peft import LoraConfig, PeftModel, get_peft_model
-from torch import Tensor, nn
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.utils.logging import disable_progress_bar
 
 from spectral_surgery import policies
 from spectral_surgery.adapter import Adapter
@@ -50,21 +44,11 @@ from spectral_surgery.measurement import Measurement
 from spectral_surgery.measuring import measure_live
 from spectral_surgery.objective import answer_loss
 from spectral_surgery.selection import Selection, select
-from spectral_surgery.surgery import operate
 from spectral_surgery.tables import table
 
 FOUR = ("abs_select", "smooth_abs", "grad_direction", "random_index")
 """The paper's policies."""
 KINDS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-LARGE = LlamaConfig(
-    hidden_size=4096,
-    intermediate_size=14336,
-    num_hidden_layers=32,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    vocab_size=128256,
-)
-"""Llama-3.1-8B's shapes."""
 PARTS = {
     "gates": ("gates", "_GateBackward"),
     "loss": ("_TokenLosses", "_TokenLossesBackward"),
@@ -102,8 +86,6 @@ class Sizes:
     """Tokens in a batch of ours and of the floor."""
     rounds: int = 3
     """How often each way is timed, after once to warm up."""
-    candidates: int = 4
-    """Edits that are scored by gates; two are also scored by merging and loading. 0 leaves this out."""
     dtype: str = "float32"
     """Of the base model."""
     device: str = "cpu"
@@ -116,8 +98,8 @@ class Sizes:
     """Say where the time of ours goes, and nothing else."""
 
 
-def adapted(sizes: Sizes, folder: Path) -> Live:
-    """Returns a random Llama with a random adapter; the base is also saved in the folder."""
+def adapted(sizes: Sizes, folder: Path | None = None) -> Live:
+    """Returns a random Llama with a random adapter; the base is also saved in the folder, where there is one."""
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=sizes.hidden,
@@ -130,7 +112,7 @@ def adapted(sizes: Sizes, folder: Path) -> Live:
         eos_token_id=None,
     )
     base = LlamaForCausalLM(config).to(getattr(torch, sizes.dtype)).eval()
-    if sizes.candidates:
+    if folder:
         base.save_pretrained(folder / "base")
     lora = LoraConfig(r=sizes.rank, lora_alpha=2 * sizes.rank, target_modules=KINDS, task_type="CAUSAL_LM")
     model = get_peft_model(base, lora).eval().to(sizes.device)
@@ -283,77 +265,6 @@ def measuring(live: Live, tokenized: Tokenized, sizes: Sizes) -> dict[str, Any]:
     return {"seconds": seconds, "spectra": spectra, "policies": four, "difference": worst, "batches": len(made)}
 
 
-def switched(live: Live, several: list[dict[str, np.ndarray]]) -> float:
-    """Returns the median seconds of switching all gates, of fifty times, the process's own."""
-
-    def switch(one: dict[str, np.ndarray]) -> float:
-        start = time.process_time()
-        with live.gated(one):
-            return time.process_time() - start
-
-    return statistics.median(switch(several[i % len(several)]) for i in range(50))
-
-
-def large(rank: int = 16) -> dict[str, Any]:
-    """Returns what switching costs with an adapter of Llama-3.1-8B's size on a base that is only shapes."""
-    with torch.device("meta"):
-        base = LlamaForCausalLM(LARGE)
-    lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=KINDS, task_type="CAUSAL_LM")
-    model = get_peft_model(base, lora)
-    generator = torch.Generator().manual_seed(0)
-    for module in model.modules():
-        for factor in [*getattr(module, "lora_A", {}).values(), *getattr(module, "lora_B", {}).values()]:
-            factor.weight = nn.Parameter(0.02 * torch.randn(factor.weight.shape, generator=generator))
-    live = Live(model)
-    several = random_gates(live, 2)
-    switched(live, several)  # so that spectra and directions are there
-    return {"modules": len(live.paths), "rank": rank, "switching": switched(live, several)}
-
-
-def random_gates(live: Live, count: int) -> list[dict[str, np.ndarray]]:
-    """Returns so many candidates."""
-    rng = np.random.default_rng(1)
-    return [{path: rng.uniform(0.5, 1.5, len(live.spectra[path].S)) for path in live.paths} for _ in range(count)]
-
-
-def by_gates(live: Live, gates: dict[str, np.ndarray], made: list[Batch]) -> float:
-    """Returns a candidate's mean loss, with gates switched in the loaded model."""
-    with live.gated(gates), torch.no_grad():
-        return float(torch.cat([answer_loss(live.model, batch.to(live.device)) for batch in made]).mean())
-
-
-def by_merging(live: Live, gates: dict[str, np.ndarray], made: list[Batch], sizes: Sizes, folder: Path) -> float:
-    """Returns a candidate's mean loss from files: adapter written, merged into the base, saved, loaded."""
-    dtype = getattr(torch, sizes.dtype)
-    with tempfile.TemporaryDirectory(dir=folder) as name:
-        updates, report = operate({path: live.adapter.updates[path] for path in live.paths}, gates)
-        live.adapter.with_updates(updates, report).save(Path(name) / "edited")
-        base = LlamaForCausalLM.from_pretrained(folder / "base", dtype=dtype)
-        PeftModel.from_pretrained(base, f"{name}/edited").merge_and_unload().save_pretrained(f"{name}/merged")
-        model = LlamaForCausalLM.from_pretrained(f"{name}/merged", dtype=dtype).to(sizes.device)
-        with torch.no_grad():
-            return float(torch.cat([answer_loss(model, batch.to(sizes.device)) for batch in made]).mean())
-
-
-def trying(live: Live, tokenized: Tokenized, sizes: Sizes, folder: Path) -> dict[str, Any]:
-    """Returns what a candidate costs by gates and by merging, and what switching costs."""
-    made = batches(tokenized, token_budget=sizes.token_budget)
-    several = random_gates(live, sizes.candidates)
-    by_gates(live, several[0], made)  # to warm up
-    unedited, _ = timed(lambda: by_gates(live, {}, made), sizes)
-    gates = [timed(lambda one=one: by_gates(live, one, made), sizes) for one in several]
-    merged = [timed(lambda one=one: by_merging(live, one, made, sizes, folder), sizes) for one in several[:2]]
-    return {
-        "forward": unedited,
-        "by gates": [seconds for seconds, _ in gates],
-        "by merging": [seconds for seconds, _ in merged],
-        "losses": [[loss for _, loss in found] for found in (gates, merged)],
-        "switching": switched(live, several),
-        "modules": len(live.paths),
-        "large": large(),
-    }
-
-
 def printed(found: dict[str, Any]) -> str:
     """Returns the tables."""
     middle = {name: statistics.median(times) for name, times in found["measuring"]["seconds"].items()}
@@ -372,15 +283,6 @@ def printed(found: dict[str, Any]) -> str:
     text += (
         f"{found['measuring']['spectra']:.2f} s; gates of four policies: {1e3 * found['measuring']['policies']:.1f} ms"
     )
-    if trying := found.get("trying"):
-        gates, merging = (statistics.median(trying[name]) for name in ("by gates", "by merging"))
-        text += (
-            f"\n\nA candidate by gates: {gates:.2f} s, {gates / trying['forward']:.3f} of a forward without gates; by "
-            f"merge and reload: {merging:.2f} s, {merging / gates:.1f} times as much."
-            f"\nSwitching the gates of {trying['modules']} modules: {1e3 * trying['switching']:.2f} ms; of the "
-            f"{trying['large']['modules']} modules of rank {trying['large']['rank']} of an adapter for Llama-3.1-8B: "
-            f"{1e3 * trying['large']['switching']:.2f} ms"
-        )
     return text
 
 
@@ -418,34 +320,40 @@ def shares(seconds: dict[str, float]) -> str:
     return table(["where ours goes", "s", "share"], lines)
 
 
+def described(live: Live, tokenized: Tokenized, sizes: Sizes) -> dict[str, Any]:
+    """Returns what was measured, and on what."""
+    return {
+        "sizes": {key: str(value) if isinstance(value, Path) else value for key, value in asdict(sizes).items()},
+        "machine": {
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "processor": platform.machine(),
+        },
+        "parameters": sum(weight.numel() for weight in live.model.parameters()),
+        "tokens": sum(len(example.input_ids) for example in tokenized.examples),
+    }
+
+
+def told(found: dict[str, Any], text: str, sizes: Sizes) -> None:
+    """Prints the tables and keeps the figures."""
+    print(f"{found['parameters'] / 1e6:.0f}M parameters, {found['tokens']} tokens in {sizes.examples} rows\n\n{text}")
+    sizes.output.parent.mkdir(parents=True, exist_ok=True)
+    sizes.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
 def main() -> None:
     """Times everything, prints tables and keeps the figures."""
     sizes = tyro.cli(Sizes, description=__doc__)
     torch.set_num_threads(sizes.threads)
-    disable_progress_bar()
-    with tempfile.TemporaryDirectory() as name:
-        live, tokenized = adapted(sizes, Path(name)), rows(sizes)
-        found: dict[str, Any] = {
-            "sizes": {key: str(value) if isinstance(value, Path) else value for key, value in asdict(sizes).items()},
-            "machine": {
-                "torch": torch.__version__,
-                "python": platform.python_version(),
-                "processor": platform.machine(),
-            },
-            "parameters": sum(weight.numel() for weight in live.model.parameters()),
-            "tokens": sum(len(example.input_ids) for example in tokenized.examples),
-        }
-        if sizes.profile:
-            found["profile"] = profiled(live, tokenized, sizes)
-        else:
-            found["measuring"] = measuring(live, tokenized, sizes)
-        if sizes.candidates and not sizes.profile:
-            found["trying"] = trying(live, tokenized, sizes, Path(name))
-    print(f"{found['parameters'] / 1e6:.0f}M parameters, {found['tokens']} tokens in {sizes.examples} rows\n")
-    print(shares(found["profile"]) if sizes.profile else printed(found))
-    sizes.output.parent.mkdir(parents=True, exist_ok=True)
-    sizes.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    if not sizes.profile and not found["measuring"]["difference"] <= TOLERANCE[getattr(torch, sizes.dtype)]:
+    live, tokenized = adapted(sizes), rows(sizes)
+    found = described(live, tokenized, sizes)
+    if sizes.profile:
+        found["profile"] = profiled(live, tokenized, sizes)
+        told(found, shares(found["profile"]), sizes)
+        return
+    found["measuring"] = measuring(live, tokenized, sizes)
+    told(found, printed(found), sizes)
+    if not found["measuring"]["difference"] <= TOLERANCE[getattr(torch, sizes.dtype)]:
         raise SystemExit("error: the two ways' sensitivities differ by more than rounding.")
 
 

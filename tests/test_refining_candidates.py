@@ -25,6 +25,7 @@ from spectral_surgery.refining.candidates import (
     POWERS,
     STRENGTHS,
     Candidate,
+    between,
     controls,
     few_steps,
     of_paper,
@@ -210,6 +211,21 @@ def test_few_steps_are_tried_whole_and_in_part(tried: list[Candidate]) -> None:
         assert candidate.gates is not None
         for path in whole:
             np.testing.assert_array_equal(candidate.gates[path], scaled(whole, power)[path])
+
+
+def test_gates_between_two_keep_weights_lie_on_the_line_between_them() -> None:
+    tuned = {weight: {"q": np.array([1.0, value])} for weight, value in ((0.1, 0.1), (0.01, 0.7), (0.05, 0.4))}
+    found = between(tuned)
+    names = [f"few-step tuning keep {pair} at {third}/3" for pair in ("0.01 to 0.05", "0.05 to 0.1") for third in "12"]
+    assert [candidate.name for candidate in found] == names
+    assert [round(float(candidate.gates["q"][1]), 12) for candidate in found if candidate.gates] == [
+        0.6,
+        0.5,
+        0.3,
+        0.2,
+    ]
+    assert all(candidate.gates and candidate.gates["q"][0] == 1 for candidate in found)
+    assert between({0.05: {"q": np.ones(2)}}) == []
 
 
 def test_single_steps_that_move_nothing_are_left_out(measured: Measurement) -> None:

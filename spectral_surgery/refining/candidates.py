@@ -7,10 +7,11 @@ opens on the loaded model as a context.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ STRENGTHS = (1.25, 1.1, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5, 0.4)
 RESHAPED_STRENGTHS = (0.5, 0.75, 1.0, 1.5, 2.5)
 STEP_SIZES = (0.15, 0.3, 0.5)
 POWERS = (1.0, 0.7, 0.4)
+BETWEEN = {1 / 3: "1/3", 2 / 3: "2/3"}
 PAPER = {
     "abs_select": ("abs_select", "abs_select:amplify=1.1,suppress=0.9"),
     "smooth_abs": ("smooth_abs", "smooth_abs:amplify=1.1,suppress=0.9"),
@@ -208,6 +210,21 @@ def few_steps(gates: Gates, keep_weight: float) -> list[Candidate]:
         )
         for power in POWERS
     ]
+
+
+def between(tuned: Mapping[float, Gates]) -> list[Candidate]:
+    """Returns gates on the straight line between those of neighbouring keep weights: further trade-offs for no steps.
+
+    Args:
+        tuned: Gates found by few-step tuning, by keep weight.
+    """
+    found = []
+    for (low, one), (high, other) in pairwise(sorted(tuned.items())):
+        for share, word in BETWEEN.items():
+            gates = {path: (1 - share) * one[path] + share * other[path] for path in one}
+            what = "gates between those of two keep weights, nothing else trained"
+            found.append(Candidate(f"few-step tuning keep {low:g} to {high:g} at {word}", "descend", what, gates))
+    return found
 
 
 def of_paper(measured: Measurement, seed: int) -> list[Candidate]:

@@ -8,7 +8,7 @@ from spectral_surgery.calibration import TokenizedExample, prompt_ids, tokenize
 from spectral_surgery.estimating import GIB, estimate
 from spectral_surgery.keeping import Keep
 from spectral_surgery.refining.bench import RUNGS
-from spectral_surgery.refining.candidates import POWERS, RESHAPED_STRENGTHS, STEP_SIZES, STRENGTHS
+from spectral_surgery.refining.candidates import BETWEEN, POWERS, RESHAPED_STRENGTHS, STEP_SIZES, STRENGTHS
 from spectral_surgery.refining.descent import Steps
 from spectral_surgery.refining.job import Job
 from spectral_surgery.refining.searching import RATES, WEIGHTS
@@ -36,7 +36,7 @@ def foreseen(job: Job) -> str:
     candidates = 2 + sum(strength < 1 for strength in STRENGTHS) + reshaped
     if options.ladder != "controls":
         candidates += 2 * len(STEP_SIZES)
-    candidates += tuned * (len(WEIGHTS) * len(POWERS) + len(RATES))
+    candidates += tuned * (len(WEIGHTS) * len(POWERS) + (len(WEIGHTS) - 1) * len(BETWEEN) + len(RATES))
     survivors = candidates if task.swapped else candidates * (RUNGS[0] + (1 - RUNGS[0]) / 2)
     scored = _tokens(task.validation.tokenized.examples) + _tokens(keep[1])
     tested = _tokens(task.test.tokenized.examples) + _tokens(keep[2])

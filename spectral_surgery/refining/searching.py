@@ -18,6 +18,7 @@ from spectral_surgery.refining.bench import Progress
 from spectral_surgery.refining.cache import Cache
 from spectral_surgery.refining.candidates import (
     Candidate,
+    between,
     controls,
     cooled,
     few_steps,
@@ -105,7 +106,7 @@ def extent(options: RefineOptions, row_seconds: float, part_rows: int, step_seco
     for change in shrinking:
         least = {name: min(getattr(found, name), value) for name, value in change.items()}
         found = replace(found, **least)
-        tried = 17 + 23 * found.reshaped + 3 * found.weights + found.rates
+        tried = 17 + 23 * found.reshaped + 5 * found.weights + found.rates
         descents = (found.weights + found.rates) * options.steps * step_seconds
         scoring = row_seconds * (tried * part_rows * 0.6 + found.permutations * 96)
         if descents + scoring < options.seconds:
@@ -137,9 +138,12 @@ def ladder(
     steps = Steps(count=options.steps, seed=seed)
     key = (steps, evidence.task.digests, evidence.keep.digests, evidence.task_term.scale, evidence.keep_term.scale)
     runs = size.weights + size.rates
+    tuned: dict[float, Gates] = {}
     for i, weight in enumerate(weights[: size.weights]):
         told = _told(progress, "few-step tuning", i, runs, steps)
-        found += few_steps(_tuned(live, evidence, weight, steps, cache, key, told), weight)
+        tuned[weight] = _tuned(live, evidence, weight, steps, cache, key, told)
+        found += few_steps(tuned[weight], weight)
+    found += between(tuned)
     for i, rate in enumerate(RATES[: size.rates]):
         told = _told(progress, "continued training", i + size.weights, runs, steps)
         found.append(_continued(live, evidence, weights[0], rate, steps, cache, key, told))
