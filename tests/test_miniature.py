@@ -125,6 +125,8 @@ def test_the_page_says_what_the_verdicts_say_and_the_figures_are_drawn(tmp_path:
     for one in found:
         line = next(line for line in sections[page.VERDICTS[one.verdict]].splitlines() if one.finding.claim in line)
         assert page.interval_text(one.interval) in line
+    assert "took 12 minutes with 2 processes" in page.page(scores, found, MiniatureOptions(), 700.0)
+    assert "took" not in text
     for made in (drawing.guided_figure, drawing.risk_figure, drawing.rows_figure):
         made(scores, CELLS).savefig(tmp_path / "figure.svg")
 
@@ -214,6 +216,7 @@ def test_killed_half_way_and_resumed_the_miniature_is_whole(tmp_path: Path, monk
     before = weights.stat().st_mtime_ns
 
     found = entry.miniature(options)
+    assert found.seconds is None  # it was there in part
     assert weights.stat().st_mtime_ns == before
     assert read_runs(first.folder(options) / "study")[:4] == done
     assert {one.verdict for one in found.judged if one.finding.source != "Figure 1"} == {"cannot be told"}

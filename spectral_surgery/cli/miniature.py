@@ -22,7 +22,7 @@ class Miniature(Command, MiniatureOptions):
         """Prints tables and findings."""
         os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # TRL would report what is trained
         from spectral_surgery.miniature.entry import PAGE, miniature
-        from spectral_surgery.miniature.page import VERDICTS, cells_of, counted, findings_table, tables
+        from spectral_surgery.miniature.page import VERDICTS, cells_of, counted, findings_table, tables, took
         from spectral_surgery.results.writing import write
 
         with console.progress("miniature", "adapters") as progress:
@@ -32,4 +32,6 @@ class Miniature(Command, MiniatureOptions):
             if own := [one for one in found.judged if one.verdict == verdict]:
                 print(write([findings_table(own, title)], "text"))
         print(counted(found.judged))
+        if found.seconds is not None:
+            print(took(self, found.seconds))
         print(f"Wrote {self.output / PAGE} and its figures.")

@@ -119,13 +119,20 @@ def counted(judged: Sequence[Judged]) -> str:
     )
 
 
-def page(scores: Scores, judged: Sequence[Judged], options: MiniatureOptions) -> str:
-    """Returns the page, in Markdown."""
+def page(scores: Scores, judged: Sequence[Judged], options: MiniatureOptions, seconds: float | None = None) -> str:
+    """Returns the page, in Markdown.
+
+    Args:
+        scores: What was scored.
+        judged: The findings.
+        options: Of the miniature.
+        seconds: How long all of it took, where that is known.
+    """
     cells = cells_of(options)
     parts = [
         "# The paper in miniature",
         "```\nspectral-surgery miniature --output miniature\n```",
-        _introduction(options),
+        _introduction(options, seconds),
         f"## What holds\n\n{_filled(f'{counted(judged)} {_rule()}')}",
     ]
     for verdict, title in VERDICTS.items():
@@ -143,13 +150,20 @@ def cells_of(options: MiniatureOptions) -> Cells:
     return Cells(options.usual_rows, min(options.measuring_rows), max(options.measuring_rows))
 
 
-def _introduction(options: MiniatureOptions) -> str:
+def took(options: MiniatureOptions, seconds: float) -> str:
+    """Returns how long all of it took, as a sentence."""
+    processes = f"{options.workers} processes of one thread"
+    return f"Training, editing and scoring took {seconds / 60:.0f} minutes with {processes}."
+
+
+def _introduction(options: MiniatureOptions, seconds: float | None) -> str:
     seeds, count = len(options.seeds), len(options.parts())
+    time = "" if seconds is None else f"{took(options, seconds)} "
     lines = [
         f"makes everything on this page, from nothing but the embedded base model of 2.7 million parameters: {count} "
         f"adapters (four tasks, {seeds} training seeds each), the edits of the "
         "[paper](https://arxiv.org/abs/2603.03995)'s Tables 2 to 5 and some controls, Figures 1, 3 and 4, and the "
-        "verdicts below, which are read off the intervals. An interrupted run goes on with the same command. "
+        f"verdicts below, which are read off the intervals. {time}An interrupted run goes on with the same command. "
         "This page is written by it; edit spectral_surgery/miniature/page.py in its place.",
         "| task | stands for | recipe | rows learnt | a row |\n| --- | --- | --- | --- | --- |\n"
         + "\n".join(_task_lines(options)),
