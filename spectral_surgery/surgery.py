@@ -116,10 +116,10 @@ def distance(update: LowRank, wanted: LowRank) -> float:
 def _difference_norm(update: LowRank, wanted: Tensor) -> float:
     """Returns the Frobenius norm of what an update lacks to be the one with another edited factor, to six digits."""
     missing = exact(wanted) - exact(update.stored)
-    largest = float(missing.abs().max()) if missing.numel() else 0.0
+    largest = float(torch.stack(missing.aminmax()).abs().max()) if missing.numel() else 0.0
     if not largest:
         return 0.0
-    missing = (missing / largest).float()
+    missing = missing.div_(largest).float()
     pair = (missing, update.A) if update.side == "B" else (update.B, missing)
     return largest * update_norm(*pair, dtype=torch.float32)
 

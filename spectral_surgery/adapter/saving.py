@@ -150,8 +150,16 @@ def _failing_whole(out: Path) -> Iterator[None]:
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Writes an object as readable JSON."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Writes an object as readable JSON: two levels of keys a line each, and whatever they hold in their line."""
+    path.write_text(_readable(value) + "\n", encoding="utf-8")
+
+
+def _readable(value: Any, levels: int = 2, indent: str = "") -> str:
+    if not (levels and value and isinstance(value, Mapping)):
+        return json.dumps(value, ensure_ascii=False)
+    inner = f"{indent}  "
+    lines = (f"{inner}{json.dumps(key)}: {_readable(each, levels - 1, inner)}" for key, each in value.items())
+    return "{\n" + ",\n".join(lines) + f"\n{indent}}}"
 
 
 def recover(out: Path) -> None:
