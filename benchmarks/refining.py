@@ -2,8 +2,9 @@
 
 Half of the ten skills are among the kept rows, the other half never: not to measure on, not to choose on. Every run
 draws its own rows. Afterwards the verdict's winner is scored on fresh rows of the task, of the kept and of the
-never-kept skills, beside base, unedited adapter and, as rivals at the same task score, the strength, the more even
-spectrum and the continued training that keep at least as much of the task on these rows, or the most where none does.
+never-kept skills, beside base, unedited adapter and, as rivals at the same task score, one of each family: of the
+strengths, even spectra and continued trainings that keep as much of the task as the answer on the run's validation
+rows the one with most of the other skills there, or the one with most of the task where none does.
 
     python benchmarks/refining.py --output build/benchmark-refine
     python benchmarks/refining.py --scenario seen --runs 1
@@ -44,6 +45,8 @@ from spectral_surgery.surgery import operate
 from spectral_surgery.tables import table
 
 KEPT, NEVER = ("add", "copy", "max", "reverse", "upper"), ("count", "min", "modulo", "sort", "subtract")
+RIVALS = ("strength", "newton_schulz", "module_strength", "continue")
+"""Families of which one is shown beside the answer."""
 CLEAN = 1500
 """Rows with right labels that the adapter with nothing to gain is trained on."""
 BATCHING = BatchOptions(token_budget=16384)
@@ -131,21 +134,19 @@ def scores(found: Found, options: argparse.Namespace, seed: int) -> dict[str, di
         "never kept": fresh(found, NEVER, options.fresh // (2 * len(NEVER)), seed),
     }
     shown = ["base", "unedited", *([found.verdict.winner] if found.verdict.winner else [])]
-    families = ("strength", "newton_schulz", "module_strength", "continue")
-    tried = [name for name, one in found.candidates.items() if one.family in families and name in found.tried.names]
-    values = {name: {key: exact(found, found.candidates[name], rows) for key, rows in sets.items()} for name in shown}
-    floor = values[shown[-1]]["task"].mean()
-    for family in families:
-        names = [name for name in tried if found.candidates[name].family == family]
-        rivals = {name: exact(found, found.candidates[name], sets["task"]) for name in names}
-        able = [name for name in rivals if rivals[name].mean() >= floor]
-        sign = -1 if found.tried.split.skills.lower_is_better else 1
-        best = max(able, key=lambda name: sign * found.tried.split.scores[name].skills.mean(), default=None)
-        best = best or max(rivals, key=lambda name: rivals[name].mean(), default=None)
-        if best and best not in values:
-            rest = {key: exact(found, found.candidates[best], sets[key]) for key in ("kept", "never kept")}
-            values[best] = {"task": rivals[best], **rest}
-    return values
+    shown += [name for family in RIVALS if (name := rival(found, family, shown[-1]))]
+    return {name: {key: exact(found, found.candidates[name], rows) for key, rows in sets.items()} for name in shown}
+
+
+def rival(found: Found, family: str, answer: str) -> str | None:
+    """Returns the family's candidate that is shown beside the answer, by the run's own validation rows."""
+    measure, scored = found.tried.split.skills, found.tried.split.scores
+    names = [name for name in scored if found.candidates[name].family == family]
+    able = [name for name in names if scored[name].task.mean() >= scored[answer].task.mean()]
+    sign = -1 if measure.lower_is_better else 1
+    if able:
+        return max(able, key=lambda name: sign * scored[name].skills.mean())
+    return max(names, key=lambda name: scored[name].task.mean(), default=None)
 
 
 def defect(found: Found, seed: int) -> dict[str, Any]:
@@ -226,7 +227,8 @@ def summed(results: list[dict[str, Any]]) -> str:
     sure = sum(result["error_rate"]["low"] <= 0.05 for result in results if result["error_rate"])
     return "\n".join(
         [
-            f"\nMeans of {len(results)} runs; rivals keep as much of the task as the answer, or the most they can",
+            f"\nMeans of {len(results)} runs; on validation rows rivals keep as much of the task as the answer, or the "
+            "most they can",
             table(["", "runs", "task %", "kept / base", "never / base"], lines),
             f"Lower bound of the task's change above -3 points: {reached} of {len(results)}",
             f"Error rate's lower bound at most 5 %: {sure} of {len(results)}",
