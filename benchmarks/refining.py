@@ -227,8 +227,8 @@ def summed(results: list[dict[str, Any]]) -> str:
     sure = sum(result["error_rate"]["low"] <= 0.05 for result in results if result["error_rate"])
     return "\n".join(
         [
-            f"\nMeans of {len(results)} runs; on validation rows rivals keep as much of the task as the answer, or the "
-            "most they can",
+            f"\nMeans of {len(results)} runs; on validation rows rivals keep as much of the task as the answer, or "
+            "the most they can",
             table(["", "runs", "task %", "kept / base", "never / base"], lines),
             f"Lower bound of the task's change above -3 points: {reached} of {len(results)}",
             f"Error rate's lower bound at most 5 %: {sure} of {len(results)}",
