@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import time
 from dataclasses import replace
@@ -248,6 +249,7 @@ def main() -> None:
     parser.add_argument("--fresh", type=int, default=4000, help="fresh test rows of the task, and of other skills")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    os.environ["SPECTRAL_SURGERY_STATE"] = str(options.output / "ledger")  # what was refined elsewhere counts there
     results = []
     for seed in range(options.seed, options.seed + options.runs):
         result = one_run(options, seed)
