@@ -9,7 +9,7 @@ whether an edit did anything.
 - losses: the studentised bootstrap (Efron and Tibshirani, 1993, ch. 12), for examples or groups of examples.
 - 0/1 scores, one-sided: McNemar's exact test that the difference is above zero, and the score test of the ratio of two
   paired proportions that it is above a given one (Tang, Tang and Chan, Statistics in Medicine 22, 2003).
-- several candidates: fixed-sequence testing. Candidates are ordered beforehand from safest to boldest and tested in
+- several candidates: fixed-sequence testing. Candidates are ordered beforehand from surest to boldest and tested in
   that order, each at the full error rate, up to the first failure (Maurer, Hothorn and Lehmacher, 1995).
 
 All functions are pure; a bootstrap takes a seed.

@@ -19,7 +19,7 @@ def order(task: list[float], skills: list[float], rule: Rule = KEEP, error: floa
     return finalists(np.array(task), errors, np.array(skills), errors, rule).tolist()
 
 
-def test_finalists_are_the_edge_of_the_trade_off_from_safest_to_boldest() -> None:
+def test_finalists_are_the_edge_of_the_trade_off_from_the_surest_to_the_boldest() -> None:
     task, skills = [0.02, 0.01, 0.015, 0.005, 0.01], [0.05, 0.20, 0.10, 0.15, 0.20]
     assert order(task, skills) == [0, 2, 1], "3 is dominated by 1, and 4 is its equal"
 
@@ -30,14 +30,15 @@ def test_the_hopeless_and_the_lossy_are_left_out() -> None:
     assert order([-0.05], [0.3]) == []
 
 
-def test_the_unsure_are_left_out_only_where_others_remain() -> None:
-    assert order([0.03, 0.02], [0.02, 0.05]) == [1]
-    assert order([0.03, 0.02], [0.02, 0.025]) == [0, 1]
+def test_what_is_safer_but_less_sure_to_be_confirmed_does_not_begin_the_chain() -> None:
+    assert order([0.05, 0.03, 0.01], [0.02, 0.05, 0.4]) == [1, 2], "two, three and one standard errors"
+    assert order([0.03, 0.02], [0.02, 0.025]) == [0, 1], "two and two: the safer of equals"
+    assert order([0.05, 0.045], [0.05, 0.09]) == [0, 1], "five and four and a half: both are sure"
 
 
 def test_more_than_ten_are_thinned_evenly_with_both_ends_kept() -> None:
     boldness = np.linspace(0.1, 0.5, 40)
-    found = order(list(0.1 - boldness / 10), list(boldness))
+    found = order(list(0.06 - boldness / 10), list(boldness))
     assert len(found) == 10
     assert (found[0], found[-1]) == (0, 39)
     assert set(np.diff(found)) == {4, 5}

@@ -1,12 +1,13 @@
 """Choice on validation rows, confirmation on test rows.
 
-    order = choose(validation, rule, names)             # at most ten, safest first
+    order = choose(validation, rule, names)             # at most ten, surest first, then bolder
     chain = confirm(test, order, rule, level)           # each at the full level, up to the first failure
     winner = answer(chain, validation, rule)
 
 Choosing the boldest candidate inside the margin and then testing that one mostly fails: validation flatters what it
 chooses. In a fixed order from safe to bold every candidate has the full level, since a later one is tested only after
-all before it were confirmed (Maurer, Hothorn and Lehmacher, 1995).
+all before it were confirmed (Maurer, Hothorn and Lehmacher, 1995). Safe is what is likeliest to be confirmed, not what
+changes least: an edit whose gain is too small to be shown would end the chain before it began.
 
 :func:`judge` does all three; :func:`judge_swapped` does it twice on halves of too few rows.
 """
@@ -27,14 +28,13 @@ from spectral_surgery.statistics import Interval
 FEW_ROWS = 600
 """Under so many unseen rows validation and test are swapped."""
 HOPELESS = 1.0
-"""A candidate so many standard errors outside the rule on validation rows is not tested."""
-UNSURE = 3.0
-"""One whose gain is under so many standard errors is not tested either where there are others.
+"""A candidate so many standard errors outside the rule on validation rows is not tested.
 
-Both were chosen by simulation of planted trade-offs (200 to 1,000 rows, 1 to 5 % of them discordant, 8 to 60
-candidates): from 2.5 to 3.5 and from 0 to 2 the gain that is confirmed hardly changes; without the second limit the
-chain starts with an edit too timid to be confirmed, and so ends there.
+Chosen by simulation of planted trade-offs (200 to 1,000 rows, 1 to 5 % of them discordant, 8 to 60 candidates): from 0
+to 2 the gain that is confirmed hardly changes.
 """
+SURE = 4.0
+"""Being more standard errors inside the rule than this counts for nothing more."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Judgement:
     level: float
     """Of every test in the chain, and of the claims about the winner."""
     order: tuple[str, ...]
-    """Finalists, safest first."""
+    """Finalists, surest first, then bolder."""
     chain: tuple[Confirmation, ...]
     """Up to and with the first failure."""
     winner: str | None
@@ -78,11 +78,12 @@ class Judgement:
 
 
 def choose(validation: Split, rule: Rule, candidates: Iterable[str]) -> list[str]:
-    """Returns the finalists from safest to boldest, at most ``rule.finalists``; empty where nothing has a chance.
+    """Returns the finalists from surest to boldest, at most ``rule.finalists``; empty where nothing has a chance.
 
-    With ``may_lose`` above zero these are the candidates on the trade-off's edge: none other has as much of both. They
-    go from the least gain in other skills, which is the best task, to the most. With ``may_lose`` 0 they go from the
-    surest gain of the task to the least sure.
+    With ``may_lose`` above zero these are candidates on the trade-off's edge: none other has as much of both. The
+    first is the one that meets both requirements by the most standard errors, or the safest of those that do so by
+    :data:`SURE`. The others have more of the other skills, and go from the least of them to the most. With
+    ``may_lose`` 0 they go from the surest gain of the task to the least sure.
 
     Args:
         validation: With base, unedited and all candidates.
@@ -119,15 +120,18 @@ def finalists(
     alive = (wanted > 0) & (kept >= -HOPELESS * kept_error)
     if rule.wanted == "skills":
         alive &= ~_dominated(task, skills)
-    sure = alive & (wanted > UNSURE * error)
-    found = np.flatnonzero(sure if sure.any() else alive)
-    if rule.wanted == "skills":
-        found = found[np.argsort(skills[found], kind="stable")]
-        return found[
-            np.unique(np.linspace(0, max(len(found) - 1, 0), rule.finalists).round().astype(int))[: len(found)]
-        ]
-    z = np.divide(wanted, error, out=np.full(len(wanted), np.inf), where=error > 0)
-    return found[np.argsort(-z[found], kind="stable")][: rule.finalists]
+    found, z = np.flatnonzero(alive), _errors_above(wanted, error)
+    if rule.wanted == "task":
+        return found[np.argsort(-z[found], kind="stable")][: rule.finalists]
+    found = found[np.argsort(skills[found], kind="stable")]
+    sure = np.minimum(z, _errors_above(kept, kept_error)).clip(max=SURE)[found]
+    found = found[int(np.argmax(sure)) :] if len(found) else found
+    return found[np.unique(np.linspace(0, max(len(found) - 1, 0), rule.finalists).round().astype(int))[: len(found)]]
+
+
+def _errors_above(value: Float[np.ndarray, " n"], error: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
+    """Returns how many standard errors each is above zero."""
+    return np.divide(value, error, out=np.full(len(value), np.inf), where=error > 0)
 
 
 def _dominated(task: np.ndarray, skills: np.ndarray) -> np.ndarray:

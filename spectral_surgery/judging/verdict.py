@@ -290,11 +290,11 @@ def _would_lose(split: Split, rule: Rule, what: str) -> str:
 
 
 def _failed(way: Judgement, first: Confirmation, rule: Rule) -> tuple[int, str]:
-    """Returns why the safest candidate failed on test rows, after a number that is highest for too few rows."""
+    """Returns why the surest candidate failed on test rows, after a number that is highest for too few rows."""
     kept: Literal["task", "skills"] = "task" if rule.wanted == "skills" else "skills"
     kept_p, wanted_p = (first.task_p, first.skills_p) if kept == "task" else (first.skills_p, first.task_p)
     if kept_p > way.level and spare(way.test, first.name, rule, kept)[0] < 0:
-        return 1, _would_lose(way.test, rule, f"the safest edit ({first.name})")
+        return 1, _would_lose(way.test, rule, f"the surest edit ({first.name})")
     if wanted_p > way.level and spare(way.test, first.name, rule, rule.wanted)[0] <= 0:
         return 0, f"nothing gained, what {first.name} gained on validation rows was not there on test rows"
     side = kept if kept_p >= wanted_p else rule.wanted
@@ -312,7 +312,7 @@ def _too_few(way: Judgement, first: Confirmation, rule: Rule, side: Literal["tas
     enough = f"; about {_round_up(n * (smallest / there) ** 2)} rows might" if 0 < there < smallest else ""
     found = both_gains(way, first.task, first.skills)
     return (
-        f"not enough rows to show it. The safest edit, {first.name}: {found}. {n} rows of the {words} can show "
+        f"not enough rows to show it. The surest edit, {first.name}: {found}. {n} rows of the {words} can show "
         f"a difference of about {factor * smallest:.2g} {unit}{enough}"
     )
 

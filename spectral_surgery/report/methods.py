@@ -59,7 +59,7 @@ def _design(verdict: Verdict) -> list[str]:
         )
     if finalists:
         sentences.append(
-            f"{finalists} {'finalist was' if finalists == 1 else 'finalists, ordered from safest to boldest, were'} "
+            f"{finalists} {'finalist was' if finalists == 1 else 'finalists, ordered from surest to boldest, were'} "
             f"tested in that order on {rows['test']} and {rows['keep_test']} rows that nothing else had used, each at "
             f"the one-sided level {rule['level']:.3g}, stopping at the first failure (Maurer et al., 1995)."
         )
