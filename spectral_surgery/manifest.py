@@ -11,6 +11,7 @@ import platform
 import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -104,6 +105,7 @@ def _numbers(values: np.ndarray) -> list[float | None]:
     return [float(f"{value:.9g}") if np.isfinite(value) else None for value in values]
 
 
+@cache
 def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)

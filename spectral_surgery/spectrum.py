@@ -18,6 +18,7 @@ All functions are pure, run on the CPU in float64, and know nothing of files or 
 from __future__ import annotations
 
 import math
+import threading
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -82,35 +83,74 @@ def thin_svd(update: LowRank) -> Spectrum:
 
 def singular_values(update: LowRank) -> Float[Tensor, " k"]:
     """Returns the singular values of ``B A`` alone, as :func:`thin_svd` has them, to ten digits."""
-    R_out, R_in = (_triangle(exact(factor))[0] for factor in (update.B, update.A.T))
+    R_out, R_in = _triangle(SCRATCH.copy("B", update.B))[0], _triangle(SCRATCH.copy("A", update.A).T)[0]
     return torch.linalg.svdvals(R_out @ R_in.T)
 
 
 def edited_factor(
     update: LowRank, gates: Float[np.ndarray, " k"]
-) -> tuple[Float[Tensor, "rows columns"], Float[Tensor, " k"]]:
-    """Returns the stored factor that the gates make of an update's, in float64, and the update's singular values.
+) -> tuple[Float[Tensor, "rows columns"], Float[Tensor, " k"], float]:
+    """Returns the factor to store in place of an update's, the update's singular values, and what rounding does.
 
     ``B' = B - U diag(1 - gates) U^T B``: with the same A, the update becomes ``U diag(gates S) Vh``; or its mirror,
     ``A' = A - A Vh^T diag(1 - gates) Vh``. With ``B = Q R`` and ``U = Q u`` the change is
     ``Q u diag(1 - gates) u^T R``, and ``Q = B R^-1`` where R says so: one product of a long matrix. Where every gate
-    is one the factor is the stored tensor itself, same object and dtype.
+    is one the factor is the stored tensor itself.
+
+    Returns:
+        The factor, cast once to the stored dtype; the singular values; the Frobenius norm by which the cast moves the
+        edited update, to six digits.
     """
-    stored, other = (update.B, update.A.T) if update.side == "B" else (update.A.T, update.B)
-    columns = exact(stored)
-    R, inverse = _triangle(columns)
-    u, S, _ = torch.linalg.svd(R @ _triangle(exact(other))[0].T, full_matrices=False)
+    B, A = SCRATCH.copy("B", update.B), SCRATCH.copy("A", update.A)
+    columns, others, spare = (B, A.T, "A") if update.side == "B" else (A.T, B, "B")
+    (R, inverse), (R_other, _) = _triangle(columns), _triangle(others)
+    u, S, _ = torch.linalg.svd(R @ R_other.T, full_matrices=False)
     edited = torch.from_numpy(gates != 1)
     if not edited.any():
-        return update.stored, S
+        return update.stored, S, 0.0
     u, removed = u[:, edited], torch.from_numpy(1 - np.asarray(gates, dtype=np.float64))[edited]
     change = u @ (removed[:, None] * (u.T @ R))
+    wanted = SCRATCH.like(spare, update.stored)
+    rows = wanted if update.side == "B" else wanted.T
     if inverse is None:
-        rows = columns - torch.linalg.qr(columns).Q @ change
+        torch.sub(columns, torch.linalg.qr(columns).Q @ change, out=rows)
     else:
-        rows = columns @ (torch.eye(len(R), dtype=R.dtype) - inverse @ change)
-    return rows if update.side == "B" else rows.T, S
+        torch.mm(columns, torch.eye(len(R), dtype=R.dtype) - inverse @ change, out=rows)
+    factor = wanted.to(update.stored.dtype, copy=True)
+    lost = columns.copy_(factor if update.side == "B" else factor.T).sub_(rows)
+    return factor, S, _norm_with(lost, R_other)
 
+
+def _norm_with(factor: Float[Tensor, "rows r"], R: Float[Tensor, "m r"]) -> float:
+    """Returns the Frobenius norm of ``factor R^T`` to six digits; the factor is overwritten."""
+    largest = float(torch.stack(factor.aminmax()).abs().max()) if factor.numel() else 0.0
+    if not largest:
+        return 0.0
+    part = SCRATCH.copy("part", factor.div_(largest), torch.float32)
+    return largest * math.sqrt(max(float(((part.T @ part).double() * (R.T @ R)).sum()), 0.0))
+
+
+class Scratch(threading.local):
+    """Memory that each thread uses again and again: fresh memory costs as much as the work that is done in it.
+
+    What is returned under a name is overwritten when the thread asks for that name again.
+    """
+
+    def __init__(self) -> None:
+        self._flat: dict[str, Tensor] = {}
+
+    def like(self, name: str, tensor: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+        """Returns memory of a tensor's shape; a name always goes with one dtype."""
+        if name not in self._flat or self._flat[name].numel() < tensor.numel():
+            self._flat[name] = torch.empty(tensor.numel(), dtype=dtype)
+        return self._flat[name][: tensor.numel()].view(tensor.shape)
+
+    def copy(self, name: str, tensor: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+        """Returns a copy of a tensor."""
+        return self.like(name, tensor, dtype).copy_(tensor.detach())
+
+
+SCRATCH = Scratch()
 
 CONDITION = 1e3
 """Condition number up to which a factor's Gram matrix tells its R to ten digits (2.2e-16 times its square)."""

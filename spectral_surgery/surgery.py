@@ -12,9 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from jaxtyping import Float
-from torch import Tensor
 
 from spectral_surgery.constraints import edit_size
 from spectral_surgery.errors import RunError
@@ -24,7 +22,6 @@ from spectral_surgery.spectrum import (
     Spectrum,
     edited_factor,
     exact,
-    finite,
     thin_svd,
     update_norm,
 )
@@ -94,34 +91,23 @@ def operate(
 
 
 def _operate(path: str, update: LowRank, gates: Float[np.ndarray, " r"]) -> tuple[LowRank, ModuleEdit]:
-    wanted, values = edited_factor(update, gates)
+    factor, values, lost = edited_factor(update, gates)
     S = values.numpy()
-    factor = wanted.to(update.stored.dtype)
-    if not finite(factor):
+    if not math.isfinite(lost):
         raise RunError(
             f"{path}: the edited factor overflows {factor.dtype}. "
             f"The largest gate is {gates.max():.3g}; choose a milder policy."
         )
-    norm, rounding = float(np.linalg.norm(gates * S)), _difference_norm(update.with_stored(factor), wanted)
-    result = update.with_stored(factor.contiguous())
-    return result, ModuleEdit(S, gates, update.scale, edit_size(S, gates), rounding / norm if norm else rounding)
+    norm = float(np.linalg.norm(gates * S))
+    edit = ModuleEdit(S, gates, update.scale, edit_size(S, gates), lost / norm if norm else lost)
+    return update.with_stored(factor), edit
 
 
 def distance(update: LowRank, wanted: LowRank) -> float:
     """Returns ``||B A - B' A'||_F / ||B' A'||_F`` for two updates that share a factor; 0 if both are zero."""
-    norm, difference = update_norm(wanted.B, wanted.A), _difference_norm(update, wanted.stored)
+    norm, missing = update_norm(wanted.B, wanted.A), exact(wanted.stored) - exact(update.stored)
+    difference = update_norm(missing, update.A) if update.side == "B" else update_norm(update.B, missing)
     return difference / norm if norm else difference
-
-
-def _difference_norm(update: LowRank, wanted: Tensor) -> float:
-    """Returns the Frobenius norm of what an update lacks to be the one with another edited factor, to six digits."""
-    missing = exact(wanted) - exact(update.stored)
-    largest = float(torch.stack(missing.aminmax()).abs().max()) if missing.numel() else 0.0
-    if not largest:
-        return 0.0
-    missing = missing.div_(largest).float()
-    pair = (missing, update.A) if update.side == "B" else (update.B, missing)
-    return largest * update_norm(*pair, dtype=torch.float32)
 
 
 def spectra(updates: Mapping[str, LowRank]) -> dict[str, Spectrum]:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import count
 from typing import TypeVar
 
 import torch
@@ -27,5 +28,16 @@ def one_thread() -> Iterator[None]:
 
 def each(function: Callable[[T], R], items: Iterable[T]) -> list[R]:
     """Returns the function's results in the order of the items, which are worked on side by side."""
-    with one_thread(), ThreadPoolExecutor(os.cpu_count(), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        return list(pool.map(function, items))
+    items = list(items)
+    found: dict[int, R] = {}
+    places = count()  # its next() is one step of the interpreter, so no two threads get the same
+
+    def work() -> None:
+        while (place := next(places)) < len(items):
+            found[place] = function(items[place])
+
+    workers = os.cpu_count() or 1
+    with one_thread(), ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        for each_worker in [pool.submit(work) for _ in range(workers)]:
+            each_worker.result()
+    return [found[place] for place in range(len(items))]

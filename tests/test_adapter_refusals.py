@@ -150,12 +150,12 @@ def with_nan(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 BROKEN = {
     "nan": (
         with_nan,
-        r"2 things are wrong:\n.*layers\.1\.self_attn\.o_proj: lora_A has 3 values that are not finite.*\n"
-        r".*o_proj: lora_B has 1 values",
+        r"2 things are wrong:\n.*layers\.1\.self_attn\.o_proj\.lora_A\.weight has 3 values that are not finite.*\n"
+        r".*o_proj\.lora_B\.weight has 1 values",
     ),
     "nan_beside": (
         lambda tensors: {name: t if "lora_" in name else torch.nan * t for name, t in tensors.items()},
-        r"base_model\.model\.lm_head\.weight has values that are not finite\. The training diverged",
+        r"base_model\.model\.lm_head\.weight has \d+ values that are not finite\. The training diverged",
     ),
     "no_lora_B": (
         lambda tensors: {name: t for name, t in tensors.items() if name != B},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -119,8 +120,8 @@ def test_editing_either_factor_gives_the_gated_spectrum(r: int, out: int, into: 
     spectrum = thin_svd(update)
     gates = random_gates(len(spectrum.S))
     wanted = rebuilt(update, gates)
-    left, S = edited_factor(update, gates)
-    right, _ = edited_factor(replace(update, side="A"), gates)
+    left, S, _ = edited_factor(update, gates)
+    right, _, _ = edited_factor(replace(update, side="A"), gates)
     for values in (S, singular_values(update)):
         torch.testing.assert_close(values, spectrum.S, rtol=1e-12, atol=1e-12)
     left, right = left @ update.A, update.B @ right
@@ -135,10 +136,29 @@ def test_gates_of_one_give_back_the_very_same_tensor(dtype: torch.dtype) -> None
     assert edited_factor(replace(update, side="A"), np.ones(3))[0] is update.A
 
 
+@pytest.mark.parametrize("side", ["A", "B"])
+@pytest.mark.parametrize("condition", [1.0, 1e5])
+@pytest.mark.parametrize("dtype", LOW)
+def test_what_rounding_does_is_the_dense_difference(
+    side: Literal["A", "B"], condition: float, dtype: torch.dtype
+) -> None:
+    low = with_spectrum(torch.logspace(0, -2, 4, dtype=torch.float64), dtype, condition=condition)
+    update, gates = replace(low, side=side), random_gates(4)
+    factor, _, lost = edited_factor(update, gates)
+    wide = replace(update, B=exact(update.B), A=exact(update.A))
+    wanted, _, nothing = edited_factor(wide, gates)
+    stored, dense = update.with_stored(factor), wide.with_stored(wanted)
+    assert factor.dtype == dtype
+    assert nothing == 0
+    difference = exact(stored.B) @ exact(stored.A) - dense.B @ dense.A
+    assert lost == pytest.approx(float(difference.norm()), rel=1e-5)
+    torch.testing.assert_close(dense.B @ dense.A, rebuilt(wide, gates), rtol=1e-8, atol=1e-8)
+
+
 def test_components_whose_gate_is_one_are_not_touched_by_an_edit_of_another() -> None:
     update = factors(3)
     spectrum = thin_svd(update)
-    B, _ = edited_factor(update, np.array([1.0, 0.3, 1.0]))
+    B, _, _ = edited_factor(update, np.array([1.0, 0.3, 1.0]))
     before, after = spectrum.U.T @ update.B, spectrum.U.T @ B
     torch.testing.assert_close(after[[0, 2]], before[[0, 2]], rtol=1e-13, atol=1e-13)
     torch.testing.assert_close(after[1], 0.3 * before[1])

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from enum import Enum
 from functools import cached_property
@@ -210,17 +211,15 @@ class Adapter:
         if out.suffix == ".safetensors":
             raise OutputError(f"The output {out} is a file, and this adapter is a folder. Choose a folder.")
         sources = (self.folder,) if self.folder else ()
-        origin = self.edited_from or source_record(self)
-        record = with_result(manifest or {}, source=origin, result=self.digest, edit=self.report)
 
         def write(new: Path) -> None:
-            self._write(new, record)
+            self._write(new, manifest or {})
             check(new)
 
         saving.write_folder(out, write, overwrite=overwrite, sources=sources)
         return out
 
-    def _write(self, new: Path, record: Mapping[str, Any]) -> None:
+    def _write(self, new: Path, manifest: Mapping[str, Any]) -> None:
         from safetensors.torch import save_file
 
         if self.folder:
@@ -230,7 +229,12 @@ class Adapter:
             shutil.copyfile(self.folder / files.CONFIG, new / files.CONFIG)
         else:
             saving.write_json(new / files.CONFIG, self.config.raw)
-        save_file(dict(self.tensors), new / files.WEIGHTS, metadata={**self.metadata, "format": "pt"})
+        metadata = {**self.metadata, "format": "pt"}
+        with ThreadPoolExecutor(1) as pool:  # hashed while the disk works
+            written = pool.submit(save_file, dict(self.tensors), new / files.WEIGHTS, metadata=metadata)
+            origin = self.edited_from or source_record(self)
+            record = with_result(manifest, source=origin, result=self.digest, edit=self.report)
+            written.result()
         saving.write_json(new / saving.MANIFEST, record)
         self._verify(new)
 

@@ -114,9 +114,10 @@ def _check_claims(tensors: Mapping[str, Tensor], claimed: set[str]) -> None:
             f"base_model.model.model.layers.0.self_attn.o_proj.lora_A.weight."
         )
     numbers = {name: tensor for name, tensor in tensors.items() if tensor.dtype in DTYPES}
-    if bad := [name for name, sound in zip(numbers, each(finite, numbers.values()), strict=True) if not sound]:
-        count = int((~tensors[bad[0]].isfinite()).sum())
-        raise AdapterError(
-            f"{bad[0]} has {count} values that are not finite. The training diverged; "
-            f"go back to an earlier checkpoint."
-        )
+    bad = [name for name, sound in zip(numbers, each(finite, numbers.values()), strict=True) if not sound]
+    faults = [
+        f"{name} has {int((~tensors[name].isfinite()).sum())} values that are not finite. The training diverged; "
+        f"go back to an earlier checkpoint."
+        for name in bad[:20]
+    ]
+    combine(faults, AdapterError)
