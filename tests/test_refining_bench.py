@@ -19,10 +19,10 @@ import tiny
 from spectral_surgery.calibration import Tokenized, TokenizedExample
 from spectral_surgery.errors import InputError
 from spectral_surgery.formats import DataOptions, Example
-from spectral_surgery.judging.trials import BASE, UNEDITED, Measure
+from spectral_surgery.judging.trials import BASE, UNEDITED, Measure, RowSet, Scores, Split
 from spectral_surgery.live import Live
 from spectral_surgery.options import BatchOptions, ModelOptions
-from spectral_surgery.refining.bench import Bench, Part, Times, halved
+from spectral_surgery.refining.bench import Bench, Part, Times, _beaten, halved
 from spectral_surgery.refining.cache import Cache
 from spectral_surgery.refining.candidates import Candidate, references
 from spectral_surgery.refining.options import RefineOptions
@@ -112,6 +112,24 @@ def test_clear_losers_are_dropped_early_and_what_is_always_wanted_stays(live: Li
     assert [size for at, size in skills.scored if at == 0.9] == [32, 28, 100]
     assert told[6] == ("trying", 7, 7)
     assert told[-1] == ("trying", 5, 5)
+
+
+def test_only_a_lead_of_more_than_its_error_in_both_scores_is_clear() -> None:
+    def right(count: int, seed: int) -> np.ndarray:
+        return np.random.default_rng(seed).permutation(np.repeat([0.0, 1.0], [100 - count, count]))
+
+    scores = {
+        "safe": Scores(right(90, 0), right(70, 1)),
+        "bold": Scores(right(91, 2), right(90, 3)),
+        "bold too": Scores(right(91, 2), right(90, 3)),
+        "poor": Scores(right(50, 4), right(50, 5)),
+    }
+    exact, none = Measure("exact", "share", lower_is_better=False), RowSet((), (), ())
+    found = _beaten(Split(exact, exact, none, none, scores))
+    assert found.tolist() == [[False] * 4, [False] * 4, [False] * 4, [True, True, True, False]]
+    loss = Measure("loss", "nats", lower_is_better=True)
+    turned = {name: Scores(one.task, -one.skills) for name, one in scores.items()}
+    assert _beaten(Split(exact, loss, none, none, turned)).tolist() == found.tolist()
 
 
 def test_dropped_ones_are_dominated_and_the_edge_never_is_dropped(live: Live, tmp_path: Path) -> None:

@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
+from jaxtyping import Bool
 
 from spectral_surgery.calibration import Tokenized
-from spectral_surgery.judging.trials import Scores, Split
+from spectral_surgery.judging.trials import Measure, Scores, Split
 from spectral_surgery.live import Live
 from spectral_surgery.options import BatchOptions
 from spectral_surgery.refining.cache import Cache
@@ -161,8 +162,8 @@ def halved(
 ) -> Tried:
     """Returns scores on all rows of those candidates that are no clear losers on the first of them.
 
-    Successive halving: at each rung the half of the candidates goes on that is dominated by the fewest others; ties
-    go on.
+    Successive halving: at each rung the half of the candidates goes on that is clearly beaten by the fewest others;
+    ties go on.
 
     Args:
         bench: The loaded model.
@@ -198,14 +199,30 @@ def _appended(early: Scores, late: Scores) -> Scores:
 
 
 def _best_half(split: Split, always: Container[str]) -> list[str]:
-    """Returns which go on: the half of those not in ``always`` that fewest dominate, and any that only one does."""
+    """Returns which go on: the half of those not in ``always`` that fewest clearly beat, and any that only one does.
+
+    Clearly beaten is what another leads by more than a standard error of the paired difference in task and in other
+    skills: on so few rows neighbours on the trade-off's edge often lead each other by luck.
+    """
     names = list(split.scores)
-    sign = [-1.0 if measure.lower_is_better else 1.0 for measure in (split.task, split.skills)]
-    means = np.array([[sign[0] * s.task.mean(), sign[1] * s.skills.mean()] for s in split.scores.values()])
-    beaten = ((means[:, None] <= means).all(2) & (means[:, None] < means).any(2)).sum(1)
+    beaten = _beaten(split).sum(1)
     others = [count for name, count in zip(names, beaten, strict=True) if name not in always]
     limit = max(1.0, float(np.median(others))) if others else 0.0
     return [name for name, count in zip(names, beaten, strict=True) if count <= limit]
+
+
+def _beaten(split: Split) -> Bool[np.ndarray, "n n"]:
+    """Returns whether each candidate (row) is clearly beaten by each other (column)."""
+
+    def led(scores: list[np.ndarray], measure: Measure) -> np.ndarray:
+        values = np.array(scores, dtype=np.float64) * (-1 if measure.lower_is_better else 1)
+        means, covariance = values.mean(1), np.cov(values, bias=True)
+        variance = np.diag(covariance)
+        squared_error = (variance[:, None] + variance - 2 * covariance).clip(min=0) / values.shape[1]
+        return means - means[:, None] > np.sqrt(squared_error)
+
+    task, skills = zip(*((one.task, one.skills) for one in split.scores.values()), strict=True)
+    return led(list(task), split.task) & led(list(skills), split.skills)
 
 
 def mean_of(values: np.ndarray) -> dict[str, float]:
