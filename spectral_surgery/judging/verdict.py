@@ -301,6 +301,10 @@ def _failed(way: Judgement, first: Confirmation, rule: Rule) -> tuple[int, str]:
     return 2, _too_few(way, first, rule, side)
 
 
+MOST_TIMES = 100
+"""So many times the rows nobody collects for one verdict, so no number is named beyond."""
+
+
 def _too_few(way: Judgement, first: Confirmation, rule: Rule, side: Literal["task", "skills"]) -> str:
     """Returns that the rows cannot show it, the smallest difference that they can, and how many might."""
     needed = required(way.test, first.name, rule, side)
@@ -309,7 +313,8 @@ def _too_few(way: Judgement, first: Confirmation, rule: Rule, side: Literal["tas
     factor, unit = (100, "points") if needed.measure.unit.startswith("share") else (1, needed.measure.unit)
     words = "task" if side == "task" else "other skills"
     there = abs(float(needed.spare.mean()))
-    enough = f"; about {_round_up(n * (smallest / there) ** 2)} rows might" if 0 < there < smallest else ""
+    times = (smallest / there) ** 2 if there else math.inf
+    enough = f"; about {_round_up(n * times)} rows might" if 1 < times <= MOST_TIMES else ""
     found = both_gains(way, first.task, first.skills)
     return (
         f"not enough rows to show it. The surest edit, {first.name}: {found}. {n} rows of the {words} can show "
