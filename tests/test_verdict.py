@@ -160,6 +160,15 @@ def test_leave_it_alone_gives_its_reason(edits: Means, n: int, words: str) -> No
     assert words in found.sentence
 
 
+def test_rows_that_might_show_it_are_counted_only_where_somebody_may_have_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    edits = {**YOURS, "a": (0.95, 0.6)}
+    assert re.search(r"1000 rows of the task can show .*; about [89]\d00 rows might", verdict(edits, 1000).sentence)
+    monkeypatch.setattr("spectral_surgery.judging.verdict.MOST_TIMES", 5)
+    assert "might" not in verdict(edits, 1000).sentence
+
+
 def test_an_adapter_that_is_not_better_than_its_base_is_told_so() -> None:
     found = verdict({**YOURS, UNEDITED: (0.85, 0.35), "a": (0.85, 0.6)})
     assert (found.outcome, found.winner) == ("not_better_than_base", None)
