@@ -136,7 +136,8 @@ def _judged(
     known = {candidate.name: candidate for candidate in candidates}
     edits = [c.name for c in candidates if c.family not in (*RIVALS, "base", "unedited")]
     contenders = [candidate.contender for candidate in candidates]
-    always = [c.name for c in candidates if c.family in ("base", "unedited", "strength", *RIVALS)]
+    # What took steps to find costs little to score, and on few rows neighbours on the trade-off lead by luck.
+    always = [c.name for c in candidates if c.family in ("base", "unedited", "strength", "descend", *RIVALS)]
     earlier = processes.of_first(lambda: ledger.earlier(job.test_digest, job.run_key))
     level = rule.level(earlier)
     with times.of("trying"):
