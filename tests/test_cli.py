@@ -175,7 +175,7 @@ BAD_INPUT = {
         "holds no adapter_config.json",
     ),
     "truncated": (truncate, ("edit", "adapter", *FLAT), "is damaged or incomplete"),
-    "nan": (nan, ("edit", "adapter", *FLAT), "layers.0.mlp.down_proj: lora_B has 1 values that are not finite"),
+    "nan": (nan, ("edit", "adapter", *FLAT), "layers.0.mlp.down_proj.lora_B.weight has 1 values that are not finite"),
     "rank": (config(r=8), ("edit", "adapter", *FLAT), "lora_A has 4 rows but adapter_config.json says r=8"),
     "keys of another base": (
         rename_layers,
