@@ -38,6 +38,6 @@ def each(function: Callable[[T], R], items: Iterable[T]) -> list[R]:
 
     workers = os.cpu_count() or 1
     with one_thread(), ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        for each_worker in [pool.submit(work) for _ in range(workers)]:
-            each_worker.result()
+        for done in [pool.submit(work) for _ in range(workers)]:
+            done.result()
     return [found[place] for place in range(len(items))]
