@@ -36,8 +36,8 @@ to 2 the gain that is confirmed hardly changes.
 SURE = 4.0
 """Being more standard errors inside the rule than this counts for nothing more.
 
-In a simulation of such trade-offs it changed the gain that is confirmed by less than two in a hundred. It keeps the two
-halves of few rows from beginning with different candidates where both are sure.
+In a simulation of such trade-offs it changed the gain that is confirmed by less than two in a hundred. It keeps the
+two halves of few rows from beginning with different candidates where both are sure.
 """
 
 
